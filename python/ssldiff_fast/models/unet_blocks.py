@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Residual and resampling blocks of the latent-diffusion U-Net, with the published names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ssldiff_fast.models.attention import SpatialTransformer, zeroed
+
+# Longest wavelength of the timestep embedding is 2 pi MAX_PERIOD.
+MAX_PERIOD = 10_000
+
+
+def timestep_embedding(
+    t: Tensor,  # [B] any real dtype
+    width: int,
+) -> Tensor:  # [B, width] fp32
+    """Sinusoidal embedding of timesteps: cosines first, then sines, then a zero if width is odd."""
+    half = width // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, width % 2))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to twice the size, then a 3x3 convolution unless `with_conv` is false."""
+
+    def __init__(self, channels: int, *, with_conv: bool) -> None:
+        super().__init__()
+        self.with_conv = with_conv
+        if with_conv:
+            self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, h, w]
+    ) -> Tensor:  # [B, C, 2h, 2w]
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return self.conv(x) if self.with_conv else x
+
+
+class Downsample(nn.Module):
+    """Half the size: a 3x3 convolution of stride 2, or the mean of 2x2 positions."""
+
+    def __init__(self, channels: int, *, with_conv: bool) -> None:
+        super().__init__()
+        self.op: nn.Module = (
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+            if with_conv
+            else nn.AvgPool2d(2, stride=2)
+        )
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, h, w]
+    ) -> Tensor:  # [B, C, h/2, w/2]
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with the timestep added, or scaling and shifting, in between.
+
+    Args:
+        channels, out_channels: width of input and output.
+        embed_width: width of the timestep's embedding.
+        scale_shift: the timestep scales and shifts the second norm instead of being added.
+        resample: "up" or "down" changes the size before the first convolution.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        embed_width: int,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resample: str | None = None,
+        use_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.use_checkpoint = use_checkpoint
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.resample: nn.Module | None = None
+        if resample is not None:
+            kind = {"up": Upsample, "down": Downsample}[resample]
+            self.resample = kind(channels, with_conv=False)
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(embed_width, out_channels * (2 if scale_shift else 1))
+        )
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection: nn.Module = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, h, w]
+        emb: Tensor,  # [B, embed_width]
+    ) -> Tensor:  # [B, out_channels, h, w], or half or twice the size
+        if self.use_checkpoint and self.training and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
+        return self._forward(x, emb)
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        hidden = activation(norm(x))
+        if self.resample is not None:
+            hidden, x = self.resample(hidden), self.resample(x)
+        hidden = conv(hidden)
+        shift = self.emb_layers(emb)[:, :, None, None]
+        norm, *rest = self.out_layers
+        if self.scale_shift:
+            scale, shift = shift.chunk(2, dim=1)
+            hidden = norm(hidden) * (1 + scale) + shift
+        else:
+            hidden = norm(hidden + shift)
+        for layer in rest:
+            hidden = layer(hidden)
+        return self.skip_connection(x) + hidden
+
+
+class Stage(nn.Sequential):
+    """Blocks in sequence, each given what it takes: the timestep, the context, or neither."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,  # [B, C, h, w]
+        emb: Tensor,  # [B, embed_width]
+        context: Tensor | None,  # [B, T, D]
+    ) -> Tensor:
+        for block in self:
+            if isinstance(block, ResBlock):
+                x = block(x, emb)
+            elif isinstance(block, SpatialTransformer):
+                x = block(x, context)
+            else:
+                x = block(x)
+        return x

@@ -77,8 +77,7 @@ class Schedule:
             raise ValueError(f"Schedule: betas is {self.betas!r}; expected one of {known}.")
         if self.num_train_timesteps < 2:
             raise ValueError(
-                f"Schedule: num_train_timesteps is {self.num_train_timesteps}; "
-                "expected at least 2."
+                f"Schedule: num_train_timesteps is {self.num_train_timesteps}; expected at least 2."
             )
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ValueError(

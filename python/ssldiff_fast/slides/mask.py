@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tissue masks: found on a thumbnail, or read from an image or a GeoJSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from .slide import RGB, Slide, fit
+
+Mask = NDArray[np.bool_]  # [h, w] over the whole slide
+
+# The thumbnail's resolution: nuclei and scanner noise are below it, cells of 64 um above.
+MASK_MPP = 8.0
+MASK_PX = 4096
+# Chroma (largest minus smallest channel, 0..255) that separates tissue from glass. Otsu's value is
+# clipped to this range: on a slide that is all tissue or all glass it splits what is one class.
+CHROMA_RANGE = (10.0, 26.0)
+# Grey and this dark is no stain but pen, dust, the edge of the coverslip or missing pixels.
+BLACK = 50.0
+# Smaller specks go, smaller holes are filled.
+SPECK_UM2 = 2_500.0
+HOLE_UM2 = 2_500.0
+# A mask file may be this much off the slide's aspect ratio.
+ASPECT_TOLERANCE = 0.03
+
+
+def tissue_mask(
+    thumbnail: RGB,  # [h, w, 3] uint8
+    mpp: float = MASK_MPP,
+) -> Mask:
+    """Where a thumbnail shows stained tissue.
+
+    Tissue is what is more colourful than glass: Otsu's threshold on the chroma, within a range
+    that keeps it sane for slides that are wholly tissue or wholly blank, without black pen and
+    dust, then without specks and small holes.
+
+    Args:
+        thumbnail: RGB pixels.
+        mpp: their size in micrometres, which scales specks and holes.
+
+    Returns:
+        bool [h, w].
+    """
+    from skimage.filters import gaussian, threshold_otsu
+
+    smooth = gaussian(thumbnail.astype(np.float32), sigma=1, channel_axis=-1)  # [h, w, 3]
+    chroma = smooth.max(-1) - smooth.min(-1)
+    threshold = np.clip(threshold_otsu(chroma), *CHROMA_RANGE)  # of a constant: that constant
+    mask = (chroma > threshold) & ~((smooth.max(-1) < BLACK) & (chroma < CHROMA_RANGE[1]))
+    mask = _without_small(mask, SPECK_UM2 / mpp**2)
+    return ~_without_small(~mask, HOLE_UM2 / mpp**2)
+
+
+def _without_small(mask: Mask, area: float) -> Mask:
+    from skimage.measure import label
+
+    labels = label(mask, connectivity=1)
+    keep = np.bincount(labels.ravel()) >= area
+    keep[0] = False
+    result: Mask = keep[labels]
+    return result
+
+
+def slide_mask(slide: Slide, source: str | os.PathLike[str] | None = None) -> Mask:
+    """The tissue mask of a whole slide.
+
+    Args:
+        slide: an open slide.
+        source: None to find tissue on a thumbnail; otherwise a file: GeoJSON polygons in level-0
+            pixels (QuPath's export), or an image of the whole slide where not black is tissue.
+
+    Returns:
+        bool [h, w], any size, covering the whole slide.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: for a mask file that cannot be used.
+    """
+    width, height = slide.size_px
+    longest_um = max(width, height) * slide.mpp
+    size = fit(width, height, max(1, min(MASK_PX, round(longest_um / MASK_MPP))))
+    if source is None:
+        thumbnail = slide.read_region_at(0, 0, width, height, out_size=size)
+        return tissue_mask(thumbnail, width * slide.mpp / size[0])
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no mask file {path}: check the name")
+    if path.suffix.lower() in (".geojson", ".json"):
+        return _rasterise(path, slide.size_px, size)
+    try:
+        with Image.open(path) as image:
+            mask: Mask = np.asarray(image.convert("L")) > 0
+    except OSError as error:
+        raise OSError(f"the mask {path} is neither GeoJSON nor an image ({error})") from None
+    aspect = (mask.shape[1] / mask.shape[0]) / (width / height)
+    if abs(aspect - 1) > ASPECT_TOLERANCE:
+        raise ValueError(
+            f"the mask {path} has {mask.shape[1]} x {mask.shape[0]} pixels, another shape than "
+            f"the slide's {width} x {height}: a mask covers the whole slide"
+        )
+    return mask
+
+
+def _rasterise(path: Path, slide_px: tuple[int, int], size: tuple[int, int]) -> Mask:
+    try:
+        polygons = list(_polygons(json.loads(path.read_text(encoding="utf-8"))))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the mask {path} is not GeoJSON ({error})") from None
+    if not polygons:
+        raise ValueError(f"the mask {path} has no Polygon or MultiPolygon: draw one around tissue")
+    mask = np.zeros(size[::-1], bool)
+    scale = np.array(size) / np.array(slide_px)
+    for rings in polygons:
+        image = Image.new("1", size)
+        draw = ImageDraw.Draw(image)
+        for index, ring in enumerate(rings):  # the outline, then its holes
+            points = np.asarray(ring, float)[:, :2] * scale
+            draw.polygon([tuple(p) for p in points], fill=int(index == 0))
+        mask |= np.asarray(image)
+    return mask
+
+
+def _polygons(node: Any) -> Any:
+    """Every polygon (a list of rings) of a GeoJSON object, however deep; a list counts too."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _polygons(item)
+        return
+    kind = node["type"]
+    if kind == "FeatureCollection":
+        yield from _polygons(node["features"])
+    elif kind == "Feature":
+        yield from _polygons(node["geometry"])
+    elif kind == "GeometryCollection":
+        yield from _polygons(node["geometries"])
+    elif kind == "Polygon":
+        yield node["coordinates"]
+    elif kind == "MultiPolygon":
+        yield from node["coordinates"]
+
+
+def cell_fractions(
+    mask: Mask,  # [h, w] over the whole slide
+    slide_px: tuple[int, int],
+    origin: tuple[int, int],
+    cell: int,
+    shape: tuple[int, int],
+) -> NDArray[np.float64]:
+    """The share of each cell that is tissue.
+
+    Args:
+        mask: bool [h, w], covering the whole slide.
+        slide_px: (width, height) of the slide at level 0.
+        origin: (x, y) of the first cell.
+        cell: side of a cell in level-0 pixels.
+        shape: (R, K) of the grid.
+
+    Returns:
+        float64 [R, K] in 0..1.
+    """
+    rows = _bounds(origin[1], cell, shape[0], slide_px[1], mask.shape[0])
+    cols = _bounds(origin[0], cell, shape[1], slide_px[0], mask.shape[1])
+    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
+    total[1:, 1:] = mask.cumsum(0, dtype=np.float64).cumsum(1)
+    (top, bottom), (left, right) = rows, cols
+    inside = total[bottom][:, right] - total[top][:, right]
+    inside -= total[bottom][:, left] - total[top][:, left]
+    return inside / ((bottom - top)[:, None] * (right - left)[None, :])
+
+
+def _bounds(
+    start: int, cell: int, count: int, slide_px: int, mask_px: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    edges = (start + cell * np.arange(count + 1)) * mask_px / slide_px
+    low = np.minimum(np.floor(edges[:-1] + 0.5), mask_px - 1).astype(np.int64)
+    high = np.floor(edges[1:] + 0.5).astype(np.int64)
+    return low, np.maximum(high, low + 1)  # a cell sees at least one mask pixel

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Output files that appear under their final name only when they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# Left free beside what a file is estimated to need, so that the machine goes on working.
+SPARE_BYTES = 64 * 2**20
+
+
+def check_output(path: str | os.PathLike[str], *, overwrite: bool = False, needs: int = 0) -> Path:
+    """Checks, before any work starts, that a file can be written.
+
+    Args:
+        path: the file to be written.
+        overwrite: whether an existing file may be replaced.
+        needs: estimated size in bytes, compared with the free space of the folder.
+
+    Returns:
+        The path as a `Path`.
+
+    Raises:
+        FileExistsError, FileNotFoundError, NotADirectoryError, IsADirectoryError,
+        PermissionError, OSError: with one sentence that says what to do.
+    """
+    path = Path(path)
+    folder = path.parent
+    if path.is_dir():
+        raise IsADirectoryError(f"the output {path} is a folder: give the name of a file in it")
+    if not folder.exists():
+        raise FileNotFoundError(f"the output folder {folder} does not exist: make it first")
+    if not folder.is_dir():
+        raise NotADirectoryError(
+            f"the output folder {folder} is not a folder: choose another place for {path.name}"
+        )
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"the output {path} exists and is kept: choose another name, or overwrite it with "
+            "overwrite=True (command line: --overwrite)"
+        )
+    _check_writable(folder)
+    free = shutil.disk_usage(folder).free
+    if needs and needs + SPARE_BYTES > free:
+        raise OSError(
+            f"the output {path} needs about {_size(needs)} and its disk has {_size(free)} free: "
+            "make room, or choose another folder"
+        )
+    return path
+
+
+def _check_writable(folder: Path) -> None:
+    # os.access does not know read-only mounts of every kind, so a file is really made.
+    try:
+        handle, name = tempfile.mkstemp(prefix=".ssldiff-", suffix=".part", dir=folder)
+    except OSError as error:
+        raise PermissionError(
+            f"the output folder {folder} cannot be written to ({error.strerror}): "
+            "choose another folder"
+        ) from None
+    os.close(handle)
+    os.unlink(name)
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def part_path(path: Path) -> Path:
+    """A hidden name in the same folder, so that the final rename never crosses a disk."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def publish(part: Path, path: Path) -> None:
+    """Gives a finished file its final name, once its bytes are on the disk."""
+    with open(part, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(part, path)
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary name; on success it becomes `path`, on failure it is removed."""
+    part = part_path(path)
+    try:
+        yield part
+        publish(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Large images: windows, the field, noise by coordinate, the sampler and tile decoding."""
+
+from ssldiff_fast.canvas.decode import decode_image, decode_overlapped
+from ssldiff_fast.canvas.denoiser import CanvasDenoiser, WindowDenoiser
+from ssldiff_fast.canvas.field import GridField, interpolate_grid
+from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
+from ssldiff_fast.canvas.noise import canvas_noise, philox_normal
+from ssldiff_fast.canvas.presets import PRESETS, Preset, get_preset
+from ssldiff_fast.canvas.sampler import sample
+from ssldiff_fast.canvas.windows import ShiftedWindows, WindowPlan
+
+__all__ = [
+    "PRESETS",
+    "CanvasDenoiser",
+    "GridField",
+    "LDMDenoiser",
+    "Preset",
+    "ShiftedWindows",
+    "WindowDenoiser",
+    "WindowPlan",
+    "canvas_noise",
+    "decode_image",
+    "decode_overlapped",
+    "get_preset",
+    "interpolate_grid",
+    "philox_normal",
+    "sample",
+]

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our own latent diffusion models as window denoisers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ssldiff_fast.models.ldm import LatentDiffusion
+
+
+@dataclass(frozen=True)
+class LDMState:
+    """Conditioning tokens of a window set."""
+
+    cond: Tensor  # [N, T, context_dim]
+    uncond: Tensor | None  # [1, T, context_dim]
+
+
+class LDMDenoiser:
+    """The U-Net and conditioner of a `LatentDiffusion` as a `WindowDenoiser`."""
+
+    def __init__(self, model: LatentDiffusion) -> None:
+        self.model = model
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """(h, w) in latents."""
+        h, w = self.model.window
+        return h, w
+
+    @property
+    def channels(self) -> int:
+        """Latent channels C."""
+        return int(self.model.latent_channels)
+
+    @property
+    def prediction(self) -> str:
+        """What the U-Net predicts: "eps", "v" or "x0"."""
+        return str(self.model.prediction)
+
+    def prepare(
+        self,
+        cond: Tensor,  # [N, T, D] fp32
+        uncond: Tensor | None,  # [1, T, D] fp32
+    ) -> LDMState:
+        """Conditioning tokens of all windows, and the null token once."""
+        parameter = next(self.model.conditioner.parameters())
+        tokens = self.model.conditioner(cond.to(parameter.device, parameter.dtype))
+        if uncond is None:
+            return LDMState(tokens, None)
+        null = self.model.conditioner(uncond.to(parameter.device, parameter.dtype))
+        return LDMState(tokens, null)
+
+    def __call__(
+        self,
+        x: Tensor,  # [B, C, h, w] fp32
+        t: float,
+        state: LDMState,
+        index: Tensor,  # [B] int64
+    ) -> Tensor:
+        """[2, B, C, h, w] conditional and unconditional, or [1, B, C, h, w] without guidance."""
+        parameter = next(self.model.unet.parameters())
+        context = state.cond[index.to(state.cond.device)]
+        pair = 1
+        if state.uncond is not None:
+            pair = 2
+            context = torch.cat((context, state.uncond.expand_as(context)))
+        stacked = x.to(parameter.device, parameter.dtype).repeat(pair, 1, 1, 1)
+        time = torch.full((stacked.shape[0],), t, device=parameter.device)
+        output = self.model.unet(stacked, time, context)
+        return output.view(pair, x.shape[0], *output.shape[1:]).to(x.device)

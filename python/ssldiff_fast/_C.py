@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled operators: loads their libraries, and says what they were built with.
+
+The libraries use PyTorch's stable ABI and no Python headers, so one build serves every Python and
+every torch from 2.10 on; this module is the thin Python face that an extension module would have.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+HOW_TO_BUILD = (
+    "build them with `pip install --no-build-isolation -e .` in the repository (`make build` does "
+    "it too), or install a wheel; `ssldiff doctor` shows what was found"
+)
+
+
+def library_path(device: str) -> Path:
+    """Where the library of "cpu" or "cuda" operators lies, built or not."""
+    return Path(__file__).with_name(f"libssldiff_{device}.so")
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the CPU operators once; None if that worked, otherwise a clause that says why not."""
+    path = library_path("cpu")
+    if not path.exists():
+        return f"{path.name} is not in {path.parent}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path} does not load with torch {torch.__version__} ({error})"
+    return None
+
+
+@functools.cache
+def load_cuda() -> str | None:
+    """Load the CUDA operators once; None if that worked, otherwise a clause that says why not."""
+    path = library_path("cuda")
+    if load() is not None or not path.exists():
+        return "not built"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path} does not load with torch {torch.__version__} ({error})"
+    return None
+
+
+def require(call: str) -> None:
+    """Raise RuntimeError with the way out if the operators are not built."""
+    reason = load()
+    if reason is not None:
+        raise RuntimeError(
+            f"{call}: the compiled operators are missing ({reason}); {HOW_TO_BUILD}."
+        )
+
+
+def build_info() -> dict[str, str]:
+    """Compiler, torch and CUDA of the build, and the instruction set chosen at run time."""
+    require("build_info")
+    library = ctypes.CDLL(str(library_path("cpu")))
+    library.ssldiff_build_info.restype = ctypes.c_char_p
+    library.ssldiff_cpu_path.restype = ctypes.c_char_p
+    info: dict[str, str] = json.loads(library.ssldiff_build_info().decode())
+    return {**info, "cpu_path": library.ssldiff_cpu_path().decode()}
+
+
+def set_cpu_path(name: str) -> None:
+    """Choose "portable", "avx2", "avx512", or "best" (this processor's own), for tests.
+
+    Raises:
+        ValueError: if this processor cannot run it.
+    """
+    require("set_cpu_path")
+    library = ctypes.CDLL(str(library_path("cpu")))
+    library.ssldiff_set_cpu_path.argtypes = [ctypes.c_char_p]
+    if not library.ssldiff_set_cpu_path(name.encode()):
+        raise ValueError(f"set_cpu_path: {name!r} is unknown or cannot run on this processor.")

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adds to the compiled operators what is written in Python: fakes, gradients, Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import _C
+
+# Kept alive: a Library that is collected takes its registrations with it.
+_library: list[torch.library.Library] = []
+
+
+def register(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    triton: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[..., Any],
+    cuda_sources: bool = True,
+) -> None:
+    """Complete the operator `name`; without the compiled library there is nothing to complete.
+
+    CUDA tensors go to CUDA C++ where that was built (and has the operator), otherwise to Triton.
+    """
+    if _C.load() is not None:
+        return
+    qualified = f"ssldiff::{name}"
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    if not (cuda_sources and _C.load_cuda() is None):
+        if not _library:
+            _library.append(torch.library.Library("ssldiff", "IMPL"))
+        _library[0].impl(name, triton, "CUDA")

@@ -12,11 +12,14 @@ from typing import Any
 _EXPORTS = {
     "Grid": ".grid",
     "ImageSlide": ".images",
+    "PyramidWriter": ".pyramid",
     "Slide": ".slide",
     "check_output": ".output",
     "open_slide": ".reader",
+    "open_writer": ".writers",
     "slide_mask": ".mask",
     "tissue_mask": ".mask",
+    "write_preview": ".preview",
 }
 
 # `encode` is the module; its function is `ssldiff_fast.encode`.

@@ -21,7 +21,7 @@ MASK_MPP = 8.0
 MASK_PX = 4096
 # Chroma (largest minus smallest channel, 0..255) that separates tissue from glass. Otsu's value is
 # clipped to this range: on a slide that is all tissue or all glass it splits what is one class.
-CHROMA_RANGE = (10.0, 26.0)
+CHROMA_RANGE = (10.0, 18.0)
 # Grey and this dark is no stain but pen, dust, the edge of the coverslip or missing pixels.
 BLACK = 50.0
 # Smaller specks go, smaller holes are filled.

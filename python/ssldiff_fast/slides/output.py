@@ -97,3 +97,9 @@ def atomic(path: Path) -> Iterator[Path]:
         publish(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def atomic_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a small file, whole or not at all."""
+    with atomic(Path(path)) as part:
+        part.write_bytes(data)

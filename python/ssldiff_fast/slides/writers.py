@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The writer for an output, chosen by its suffix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .png import PngWriter
+from .pyramid import PyramidWriter
+
+_WRITTEN = ".tif or .tiff (tiled pyramidal BigTIFF), .png"
+# Named separately because ".ome.tif" would pass as ".tif", and OME readers would find no OME-XML.
+_OME = (".ome.tif", ".ome.tiff", ".ome.tf2", ".ome.btf")
+
+
+def open_writer(
+    path: str | os.PathLike[str],
+    width: int,
+    height: int,
+    mpp: float,
+    *,
+    codec: str = "jpeg",
+    quality: int = 90,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> PyramidWriter | PngWriter:
+    """Opens a streaming writer; everything that can be wrong with the output is checked here.
+
+    Args:
+        path: the output; its suffix chooses the format.
+        width, height: in pixels.
+        mpp: micrometres per pixel.
+        codec: of a TIFF, "jpeg" or "deflate".
+        quality: of JPEG.
+        metadata: model, seed, recipe and hashes, as JSON holds them.
+        overwrite: replace an existing file.
+
+    Returns:
+        A context manager with `write_rows(uint8 [rows, width, 3])`.
+
+    Raises:
+        ValueError: an unsupported suffix, size, mpp or codec.
+        OSError: an output that exists or cannot be written, or too little space.
+    """
+    path = Path(path)
+    name, suffix = path.name.lower(), path.suffix.lower()
+    if name.endswith(_OME):
+        raise ValueError(f"OME-TIFF ({path.name}) is not written: use one of {_WRITTEN}")
+    if suffix in (".tif", ".tiff"):
+        return PyramidWriter(
+            path,
+            width,
+            height,
+            mpp,
+            codec=codec,
+            quality=quality,
+            metadata=metadata,
+            overwrite=overwrite,
+        )
+    if suffix == ".png":
+        return PngWriter(path, width, height, mpp, metadata=metadata, overwrite=overwrite)
+    raise ValueError(f"the suffix of the output {path.name!r} must be one of {_WRITTEN}")

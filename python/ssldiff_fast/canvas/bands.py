@@ -70,7 +70,6 @@ def blend_window_rows(
         [C, n, W] fp32; the bands follow one another without gap.
     """
     h = plan.window[0]
-    weight_y, weight_x = torch.tensor(plan.weight_y), torch.tensor(plan.weight_x)
     held: list[Tensor] = []
     first, done = 0, 0  # first window row held; canvas rows handed on
     for index, row in enumerate(rows):
@@ -87,8 +86,8 @@ def blend_window_rows(
             torch.cat(held),
             [y - base for y in plan.origins_y[first : index + 1]],
             list(plan.origins_x),
-            weight_y.to(row.device),
-            weight_x.to(row.device),
+            plan.weight_y,
+            plan.weight_x,
             height=plan.origins_y[index] + h - base,
             width=plan.width,
         )

@@ -70,17 +70,18 @@ def decode_image(model: Any, latent: Tensor, **options: Any) -> Pixels:
 
 
 def _tile_decoder(model: Any) -> DecodeTiles:
-    for name in ("from_latent", "decode"):
-        if hasattr(model, name):
-            decode: DecodeTiles = getattr(model, name)
-            return decode
-    if callable(model):
-        tiles: DecodeTiles = model
-        return tiles
-    raise TypeError(
-        f"decode_overlapped: model is a {type(model).__name__}, which cannot decode; pass a "
-        "LatentDiffusion, an autoencoder or a callable from latents to images."
-    )
+    names = [name for name in ("from_latent", "decode") if hasattr(model, name)]
+    if not names and not callable(model):
+        raise TypeError(
+            f"decode_overlapped: model is a {type(model).__name__}, which cannot decode; pass a "
+            "LatentDiffusion, an autoencoder or a callable from latents to images."
+        )
+    decode: DecodeTiles = getattr(model, names[0]) if names else model
+    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    if parameter is None:
+        return decode
+    device, dtype = parameter.device, parameter.dtype
+    return lambda tiles: decode(tiles.to(device, dtype))
 
 
 def _bands(

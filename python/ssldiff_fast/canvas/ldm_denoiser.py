@@ -25,7 +25,13 @@ class LDMDenoiser:
     """The U-Net and conditioner of a `LatentDiffusion` as a `WindowDenoiser`."""
 
     def __init__(self, model: LatentDiffusion) -> None:
+        if model.conditioner is None:
+            raise ValueError(
+                f"LDMDenoiser: model {model.name!r} has no conditioner, so a grid cannot guide it; "
+                "load a model that was trained on embeddings."
+            )
         self.model = model
+        self.conditioner = model.conditioner
 
     @property
     def window(self) -> tuple[int, int]:
@@ -49,11 +55,11 @@ class LDMDenoiser:
         uncond: Tensor | None,  # [1, T, D] fp32
     ) -> LDMState:
         """Conditioning tokens of all windows, and the null token once."""
-        parameter = next(self.model.conditioner.parameters())
-        tokens = self.model.conditioner(cond.to(parameter.device, parameter.dtype))
+        parameter = next(self.conditioner.parameters())
+        tokens = self.conditioner(cond.to(parameter.device, parameter.dtype))
         if uncond is None:
             return LDMState(tokens, None)
-        null = self.model.conditioner(uncond.to(parameter.device, parameter.dtype))
+        null = self.conditioner(uncond.to(parameter.device, parameter.dtype))
         return LDMState(tokens, null)
 
     def __call__(

@@ -25,8 +25,10 @@ _FIXED: dict[str, tuple[object, str]] = {
     "dims": (2, "only two-dimensional networks are supported"),
     "num_classes": (None, "class embeddings are not supported; condition by context tokens"),
     "n_embed": (None, "prediction of codebook indices is not supported"),
-    "use_fp16": (False, "choose the precision with .to(dtype) or sf.load(..., dtype=)"),
 }
+# Published configurations set it, but it is no property of the model: precision is chosen with
+# .to(dtype) or sf.load(..., dtype=).
+_IGNORED = ("use_fp16",)
 # GroupNorm has this many groups everywhere.
 _GROUPS = 32
 
@@ -79,8 +81,10 @@ class UNetConfig:
                 allowed, advice = _FIXED[name]
                 if value != allowed:
                     raise ValueError(f"UNet: {name}={value!r}, expected {allowed!r}: {advice}.")
+            elif name in _IGNORED:
+                continue
             elif name not in fields:
-                known = ", ".join(sorted([*fields, *_FIXED]))
+                known = ", ".join(sorted([*fields, *_FIXED, *_IGNORED]))
                 raise TypeError(f"UNet: unknown keyword {name!r}, expected one of {known}.")
             else:
                 is_list = isinstance(value, Sequence) and not isinstance(value, str)
@@ -274,7 +278,7 @@ class UNet(nn.Module):
             ValueError: a shape that does not fit; `context` missing, or given without need.
         """
         t = self._check_input(x, t, context)
-        dtype = self.time_embed[0].weight.dtype
+        dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         hidden = x.to(dtype)
         context = None if context is None else context.to(dtype)

@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 
 // A task is a tile of the canvas. Rows share each window's cache lines; the accumulator of a tile,
 // kTileRows x kTileColumns floats, stays in the first-level cache.
-constexpr int64_t kTileRows = 8;
+constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileColumns = 1024;
 
 template <typename T, typename Acc>
@@ -72,10 +72,19 @@ struct ScatterMean {
         const T* window = windows + (p * count_x + q) * stride_n + plane * stride_c + v;
         for (int64_t row = top; row < bottom; ++row) {
           const int64_t u = row - origins_y[p];
+          prefetch(window + stride_n + u * stride_y, (right - left) * lanes);
           add_row(window + u * stride_y, weight_y[u], weight_x + v, (right - left) * lanes,
                   sums + (row - rows.begin) * pitch + (left - columns.begin) * lanes);
         }
       }
+    }
+  }
+
+  // The next window's row lies far away, where hardware does not look ahead. (An address past the
+  // last window is harmless: prefetching never faults.)
+  SSLDIFF_INLINE static void prefetch(const T* row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(row + i);
     }
   }
 

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoder and decoder of the first stage, with the parameter names of CompVis latent diffusion.
+
+Shape letters: `B` images, `C` channels, `H W` pixels, `h w` latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """The first stage's GroupNorm: 32 groups, eps 1e-6 (the U-Net's is 1e-5)."""
+    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions, each behind GroupNorm and SiLU, and a (1x1 where needed) shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+    ) -> Tensor:  # [B, out_channels, H, W]
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        if hasattr(self, "nin_shortcut"):
+            x = self.nin_shortcut(x)
+        return x + h
+
+
+class AttnBlock(nn.Module):
+    """Self-attention of one head over all positions of the feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+    ) -> Tensor:  # [B, C, H, W]
+        height, width = x.shape[-2:]
+        normed = self.norm(x)
+        q, k, v = (
+            conv(normed).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v)
+        )  # [B, H*W, C]
+        out = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(out.transpose(1, 2).unflatten(2, (height, width)))
+
+
+class Downsample(nn.Module):
+    """Halves both sides; pads right and bottom only, as the published encoder does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+    ) -> Tensor:  # [B, C, H/2, W/2]
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles both sides: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, h, w]
+    ) -> Tensor:  # [B, C, 2h, 2w]
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution of the encoder or decoder; the attribute names are those of checkpoints."""
+
+    def __init__(self, in_channels: int, channels: int, blocks: int, attend: bool, drop: float):
+        super().__init__()
+        self.block = nn.ModuleList()
+        self.attn = nn.ModuleList()
+        for _ in range(blocks):
+            self.block.append(ResnetBlock(in_channels, channels, drop))
+            if attend:
+                self.attn.append(AttnBlock(channels))
+            in_channels = channels
+
+    def forward(
+        self,
+        h: Tensor,  # [B, in_channels, H, W]
+    ) -> Tensor:  # [B, channels, H, W]
+        for i, block in enumerate(self.block):
+            h = block(h)
+            if len(self.attn):
+                h = self.attn[i](h)
+        return h
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int, drop: float) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, drop)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, drop)
+
+    def forward(
+        self,
+        h: Tensor,  # [B, C, h, w]
+    ) -> Tensor:  # [B, C, h, w]
+        return self.block_2(self.attn_1(self.block_1(h)))
+
+
+class Encoder(nn.Module):
+    """Images to moments: `[B, in_channels, H, W] -> [B, z_channels (x2 if double_z), h, w]`."""
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        in_channels: int,
+        resolution: int,
+        z_channels: int,
+        double_z: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = ch
+        for i, mult in enumerate(ch_mult):
+            attend = resolution // 2**i in attn_resolutions
+            level = Level(width, ch * mult, num_res_blocks, attend, dropout)
+            width = ch * mult
+            if i != len(ch_mult) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(width, dropout)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, in_channels, H, W]
+    ) -> Tensor:  # [B, z_channels (x2), h, w]
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Latents to images: `[B, z_channels, h, w] -> [B, out_ch, H, W]`, unclipped."""
+
+    def __init__(
+        self,
+        *,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        attn_resolutions: Sequence[int],
+        out_ch: int,
+        resolution: int,
+        z_channels: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        width = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.mid = Middle(width, dropout)
+        levels: list[Level] = []
+        for i in reversed(range(len(ch_mult))):
+            attend = resolution // 2**i in attn_resolutions
+            level = Level(width, ch * ch_mult[i], num_res_blocks + 1, attend, dropout)
+            width = ch * ch_mult[i]
+            if i != 0:
+                level.upsample = Upsample(width)
+            levels.insert(0, level)  # stored from fine to coarse, as checkpoints have it
+        self.up = nn.ModuleList(levels)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+
+    def forward(
+        self,
+        z: Tensor,  # [B, z_channels, h, w]
+    ) -> Tensor:  # [B, out_ch, H, W]
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))

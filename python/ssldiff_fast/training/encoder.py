@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training a small SSL encoder by contrast (NT-Xent, Chen et al. 2020, eq. 1).
+
+Two views of a place are neighbouring patches, turned and stained a little differently: what they
+share is tissue and colour, which is what the diffusion model is to be told.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssldiff_fast.encoders.encoder import Encoder, build_network
+from ssldiff_fast.encoders.spec import EncoderSpec
+from ssldiff_fast.training.data import PatchBatches, PatchPool
+from ssldiff_fast.training.fit import Task, averaged_weights, run
+from ssldiff_fast.training.recipe import DataRecipe, EncoderRecipe, read_recipe
+
+
+def nt_xent(
+    a: Tensor,  # [B, P]
+    b: Tensor,  # [B, P]
+    temperature: float,
+) -> Tensor:  # scalar
+    """Cross-entropy of finding each view's partner among the 2 B - 1 others by cosine."""
+    z = F.normalize(torch.cat([a, b]), dim=1)
+    logits = z @ z.t() / temperature
+    logits.fill_diagonal_(float("-inf"))
+    count = len(a)
+    partner = torch.arange(2 * count, device=z.device).roll(count)
+    return F.cross_entropy(logits, partner)
+
+
+def spec_of(recipe: EncoderRecipe, mpp: float) -> EncoderSpec:
+    """The spec of the encoder that a recipe trains."""
+    return EncoderSpec(
+        name=recipe.name,
+        network=recipe.network,
+        width=recipe.width,
+        patch_px=recipe.patch_px,
+        mpp=mpp,
+        mean=recipe.mean,
+        std=recipe.std,
+        head=True,
+    )
+
+
+class EncoderTask(Task):
+    """The network, and the projection that only the loss sees."""
+
+    def __init__(self, recipe: EncoderRecipe, spec: EncoderSpec) -> None:
+        super().__init__(recipe.fit)
+        self.recipe = recipe
+        self.network = build_network(spec).to(memory_format=torch.channels_last)
+        self.projector = nn.Sequential(
+            nn.BatchNorm1d(spec.width),
+            nn.ReLU(),
+            nn.Linear(spec.width, recipe.projection),
+        )
+        # Batches come in [-1, 1]; the encoder's preprocessing starts from [0, 1].
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        views = batch.transpose(0, 1).flatten(0, 1)  # [2 B, 3, S, S], first views first
+        x = (views * self.scale + self.shift).contiguous(memory_format=torch.channels_last)
+        embeddings = self.network(x).float()
+        first, second = self.projector(embeddings).float().chunk(2)
+        loss = nt_xent(first, second, self.recipe.temperature)
+        with torch.no_grad():
+            a, b = F.normalize(embeddings, dim=1).chunk(2)
+            self.log("cosine_pairs", (a * b).sum(1).mean(), prog_bar=True)
+            self.log("cosine_others", (a * b.roll(1, 0)).sum(1).mean(), prog_bar=True)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+
+def train_encoder(
+    recipe_name: str | Path,
+    data: Path,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Encoder:
+    """Train an encoder and return it with its averaged weights.
+
+    Args:
+        recipe_name: a recipe file, or the name of a bundled one.
+        data: the folder that the recipe's image paths are relative to.
+        folder: gets checkpoints and metrics; with `resume` the run goes on from there.
+    """
+    recipe = read_recipe(recipe_name, EncoderRecipe)
+    images = read_recipe(recipe.data, DataRecipe)
+    task = EncoderTask(recipe, spec_of(recipe, images.mpp))
+    batches = PatchBatches(
+        PatchPool(images, data),
+        size=recipe.patch_px,
+        batch_size=recipe.fit.batch_size,
+        seed=recipe.fit.seed,
+        views=2,
+    )
+    run(task, batches, folder, resume=resume, device=device, progress=progress)
+    return load_encoder(recipe_name, folder)
+
+
+def load_encoder(recipe_name: str | Path, folder: Path) -> Encoder:
+    """The encoder of a run's folder, with its averaged weights (rounded as they are stored)."""
+    recipe = read_recipe(recipe_name, EncoderRecipe)
+    mpp = read_recipe(recipe.data, DataRecipe).mpp
+    weights = {
+        name.removeprefix("network."): value.half() if value.is_floating_point() else value
+        for name, value in averaged_weights(folder).items()
+        if name.startswith("network.")
+    }
+    return Encoder(spec_of(recipe, mpp), weights)

@@ -18,6 +18,9 @@ from ssldiff_fast.canvas.noise import OFFSET_CHANNEL, philox4x32, seed_key
 # Half-width of the Gaussian window weight, as a share of the window's own half-width. The same
 # figure shapes the published decode (paper, supplement): exp(-(u / 0.8)^2) for u in [-1, 1].
 GAUSSIAN_WIDTH = 0.8
+# The golden and the silver ratio, less their whole parts.
+_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+_SILVER = math.sqrt(2.0) - 1.0
 
 
 def _uniform(size: int) -> Tensor:
@@ -183,9 +186,11 @@ class WindowPlan:
 class ShiftedWindows:
     """A plan for every step: disjoint windows whose offset moves from step to step.
 
-    The offsets are the additive recurrence of the plastic number (Roberts 2018), a low-discrepancy
-    sequence in the plane: every step lands far from the ones before it, so that no border between
-    windows stays in one place and no seam can form. The seed sets where the sequence starts.
+    The offsets are an additive recurrence, a low-discrepancy sequence in the plane, by the two
+    numbers that fractions approximate worst: along each axis every few steps in a row are spread
+    evenly, so that no border between windows stays in one place and no seam can form. (The usual
+    choice for the plane, powers of the plastic number, nearly repeats every four steps.) The seed
+    sets where the sequence starts.
     """
 
     def __init__(
@@ -208,9 +213,8 @@ class ShiftedWindows:
 
     def offset(self, step: int) -> tuple[int, int]:
         """The lattice offset (y, x) of a step."""
-        plastic = 1.3247179572447460
-        share_y = (self._start[0] + step / plastic) % 1.0
-        share_x = (self._start[1] + step / plastic**2) % 1.0
+        share_y = (self._start[0] + step * _GOLDEN) % 1.0
+        share_x = (self._start[1] + step * _SILVER) % 1.0
         return int(share_y * self.stride[0]), int(share_x * self.stride[1])
 
     def __call__(self, step: int) -> WindowPlan:

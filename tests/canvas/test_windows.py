@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssldiff_fast.canvas import ShiftedWindows, WindowPlan
+
+
+def cover(plan: WindowPlan) -> Tensor:
+    count = torch.zeros(plan.height, plan.width, dtype=torch.long)
+    for y, x in plan.origins.tolist():
+        assert 0 <= y <= plan.height - plan.window[0]
+        assert 0 <= x <= plan.width - plan.window[1]
+        count[y : y + plan.window[0], x : x + plan.window[1]] += 1
+    return count
+
+
+@given(st.integers(1, 12), st.integers(0, 40), st.integers(0, 40), st.data())
+def test_regular_windows_cover_every_pixel_of_any_canvas(
+    window: int, more_y: int, more_x: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, window))
+    plan = WindowPlan.regular(window + more_y, window + more_x, (window, window), stride)
+    assert int(cover(plan).min()) >= 1
+    assert len(plan) == len(set(map(tuple, plan.origins.tolist())))
+
+
+@given(st.integers(1, 12), st.integers(0, 40), st.integers(-50, 50), st.data())
+def test_shifted_windows_cover_every_pixel_for_any_offset(
+    window: int, more: int, offset: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, window))
+    size = window + more
+    plan = WindowPlan.shifted(size, size, (window, window), (offset, -offset), stride=stride)
+    assert int(cover(plan).min()) >= 1
+
+
+def test_the_last_window_of_a_row_and_column_sits_flush_with_the_border() -> None:
+    plan = WindowPlan.regular(100, 71, (32, 32), 16)
+    assert plan.origins_y == (0, 16, 32, 48, 64, 68)
+    assert plan.origins_x == (0, 16, 32, 39)
+
+
+def test_origins_are_row_major() -> None:
+    plan = WindowPlan.regular(64, 96, (32, 32), 32)
+    assert plan.origins.tolist() == [[0, 0], [0, 32], [0, 64], [32, 0], [32, 32], [32, 64]]
+    assert plan.origins.dtype == torch.int64
+
+
+def test_a_canvas_of_one_window_has_one_window_in_every_plan() -> None:
+    assert WindowPlan.regular(8, 8, (8, 8), 2).origins.tolist() == [[0, 0]]
+    assert WindowPlan.shifted(8, 8, (8, 8), (3, 5)).origins.tolist() == [[0, 0]]
+
+
+def test_shifted_windows_are_disjoint_but_for_the_flush_ones() -> None:
+    plan = WindowPlan.shifted(256, 256, (32, 32), (13, 0))
+    assert plan.origins_y == (0, *range(13, 206, 32), 224)
+    assert plan.origins_x == tuple(range(0, 256, 32))
+    count = cover(plan)
+    assert int(count[32:224].max()) == 1
+    assert int(count.max()) == 2
+
+
+def test_every_pixel_is_denoised_about_once_a_step_on_a_large_canvas() -> None:
+    windows = ShiftedWindows(1024, 1024, (32, 32), seed=0)
+    evaluated = [len(windows(step)) * 32 * 32 / 1024**2 for step in range(20)]
+    assert max(evaluated) < 1.07
+
+
+def test_borders_between_shifted_windows_never_stay_in_one_place() -> None:
+    windows = ShiftedWindows(256, 256, (32, 32), seed=5)
+    for axis in (0, 1):
+        offsets = [windows.offset(step)[axis] for step in range(20)]
+        assert len(set(offsets)) >= 14
+        jumps = [abs(a - b) for a, b in zip(offsets, offsets[1:])]
+        # Two steps in a row keep their borders far apart, around the lattice too.
+        assert min(min(jump, 32 - jump) for jump in jumps) >= 10
+        for first in range(16):
+            # Any four steps in a row have one in nearly every quarter of the window.
+            assert len({offset // 8 for offset in offsets[first : first + 4]}) >= 3
+
+
+def test_offsets_are_a_function_of_seed_and_step() -> None:
+    plans = [ShiftedWindows(256, 256, (32, 32), seed=9) for _ in range(2)]
+    assert plans[0](7) == plans[1](7)
+    assert ShiftedWindows(256, 256, (32, 32), seed=10)(7) != plans[0](7)
+
+
+@pytest.mark.parametrize("name", ["uniform", "gaussian", "hann"])
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_weights_are_symmetric_and_above_zero(name: str, size: int) -> None:
+    plan = WindowPlan.regular(size, size, (size, size), size, name)
+    weight = torch.tensor(plan.weight_y)
+    assert float(weight.min()) > 0
+    torch.testing.assert_close(weight, weight.flip(0))
+    assert int(weight.argmax()) in {(size - 1) // 2, size // 2} or name == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: WindowPlan.regular(31, 64, (32, 32), 8), "canvas is 31 x 64.*window, 32 x 32"),
+        (lambda: WindowPlan.shifted(64, 8, (32, 32), (0, 0)), "canvas is 64 x 8"),
+        (lambda: ShiftedWindows(8, 8, (32, 32), seed=0), "canvas is 8 x 8"),
+        (lambda: WindowPlan.regular(64, 64, (32, 32), 0), "stride is 0"),
+        (lambda: WindowPlan.regular(64, 64, (32, 32), 33), "stride is 33.*1 to the window's 32"),
+        (lambda: WindowPlan.regular(64, 64, (0, 32), 8), r"window is \(0, 32\)"),
+        (lambda: WindowPlan.regular(64, 64, (32, 32), 8, "flat"), "weights is 'flat'"),
+        (lambda: ShiftedWindows(64, 64, (32, 32), seed=0, weights="flat"), "weights is 'flat'"),
+        (lambda: plan(origins_y=(0, 9)), "origins_y has 9"),
+        (lambda: plan(origins_y=(0,)), "origins_y is .0.*cover 0 to 16"),
+        (lambda: plan(origins_y=(8, 0)), "must ascend"),
+        (lambda: plan(weight_y=(1.0, 1.0)), "weights beside origins_y are 2"),
+        (lambda: plan(weight_y=(0.0,) * 8), "all above zero"),
+    ],
+)
+def test_impossible_plans_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def plan(
+    origins_y: tuple[int, ...] = (0, 8), weight_y: tuple[float, ...] = (1.0,) * 8
+) -> WindowPlan:
+    return WindowPlan(16, 8, (8, 8), origins_y, (0,), weight_y, (1.0,) * 8)

@@ -230,14 +230,27 @@ class _Blocks(Dataset[tuple[NDArray[np.uint8], NDArray[np.int64]]]):
         return cells[inside], position
 
 
+def _usable_cores() -> int:
+    """Cores of this process: fewer than the machine's in a container or a batch job."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _loader(blocks: _Blocks, workers: int | None) -> DataLoader[Any]:
     if workers is None:
-        spare = max(1, (os.cpu_count() or 1) - 1)
+        spare = max(1, _usable_cores() - 1)
         small = blocks.slide.in_memory or len(blocks) < 3
         workers = 0 if small else min(MAX_WORKERS, spare)
     # Fork where it is native: spawned workers would import the caller's script again.
     context = None if not workers else "fork" if sys.platform == "linux" else "spawn"
-    return DataLoader(blocks, batch_size=None, num_workers=workers, multiprocessing_context=context)
+    return DataLoader(
+        blocks,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=context,
+        generator=torch.Generator(),  # the loader draws a seed; not from the caller's generator
+    )
 
 
 def _encode_cells(

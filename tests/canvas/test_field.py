@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_inputs import golden_input, golden_output, relative_error
 from torch import Tensor
 
+from golden_inputs import golden_input, golden_output, relative_error
 from ssldiff_fast.canvas import GridField, WindowPlan, interpolate_grid
 
 MODES = ["bilinear", "slerp"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -78,7 +79,7 @@ def test_borders_between_shifted_windows_never_stay_in_one_place() -> None:
     for axis in (0, 1):
         offsets = [windows.offset(step)[axis] for step in range(20)]
         assert len(set(offsets)) >= 14
-        jumps = [abs(a - b) for a, b in zip(offsets, offsets[1:])]
+        jumps = [abs(a - b) for a, b in itertools.pairwise(offsets)]
         # Two steps in a row keep their borders far apart, around the lattice too.
         assert min(min(jump, 32 - jump) for jump in jumps) >= 10
         for first in range(16):

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+
+from golden_inputs import (
+    UNET_A,
+    VQ_SMALL,
+    fill_whole_model,
+    golden_input,
+    golden_output,
+    relative_error,
+)
+from ssldiff_fast.canvas import CanvasDenoiser, GridField, LDMDenoiser, get_preset, sample
+from ssldiff_fast.diffusion import Schedule
+from ssldiff_fast.models.autoencoder import VQModel
+from ssldiff_fast.models.conditioner import PatchConditioner
+from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.models.unet import UNet
+
+
+@pytest.fixture(scope="module")
+def model() -> LatentDiffusion:
+    unet = UNet(**{**UNET_A, "context_dim": 512})
+    vae, conditioner = VQModel(**VQ_SMALL), PatchConditioner(48, 512)
+    fill_whole_model(unet, vae, conditioner)
+    return LatentDiffusion(unet, vae, conditioner, schedule=Schedule(), window=(64, 64)).eval()
+
+
+def test_the_authors_preset_is_the_published_large_image_loop(model: LatentDiffusion) -> None:
+    preset, schedule = get_preset("authors"), model.schedule
+    grid = golden_input("panorama.embeddings", 4, 48).view(2, 2, 1, 48)
+    noise = [golden_input(f"panorama.noise{i}", 1, 3, 128, 128)[0] for i in range(6)]
+    abar = schedule.abar(999)
+    denoiser = CanvasDenoiser(
+        LDMDenoiser(model),
+        preset.windows(128, 128, model.window, seed=0),
+        GridField(grid, model.window, preset.interpolation),
+        guidance_scale=preset.guidance_scale,
+        batch_size=5,
+    )
+    latent = sample(
+        denoiser,
+        abar**0.5 * noise[0] + (1 - abar) ** 0.5 * noise[1],
+        schedule=schedule,
+        solver=preset.solver,
+        steps=4,
+        spacing=preset.spacing,
+        eta=preset.eta,
+        step_noise=lambda step: noise[2 + step],
+    )
+    assert relative_error(latent[None], golden_output("panorama.latent")) < 1e-5
+
+
+def test_a_guided_pair_is_two_evaluations_of_the_network(model: LatentDiffusion) -> None:
+    denoiser = LDMDenoiser(model)
+    embeddings = golden_input("some embeddings", 5, 1, 48)
+    x, index = golden_input("some windows", 2, 3, 32, 32), torch.tensor([4, 1])
+    state = denoiser.prepare(embeddings, torch.zeros(1, 1, 48))
+    with torch.no_grad():
+        pair = denoiser(x, 981.0, state, index)
+        tokens = model.conditioner(torch.cat((embeddings[index], torch.zeros(2, 1, 48))))
+        t = torch.full((2,), 981.0)
+        assert pair.shape == (2, 2, 3, 32, 32)
+        torch.testing.assert_close(pair[0], model.unet(x, t, tokens[:2]))
+        torch.testing.assert_close(pair[1], model.unet(x, t, tokens[2:]))
+        alone = denoiser(x, 981.0, denoiser.prepare(embeddings, None), index)
+    assert alone.shape == (1, 2, 3, 32, 32)
+    torch.testing.assert_close(alone[0], pair[0])
+
+
+def test_the_denoiser_describes_its_model(model: LatentDiffusion) -> None:
+    denoiser = LDMDenoiser(model)
+    assert (denoiser.window, denoiser.channels, denoiser.prediction) == ((64, 64), 3, "eps")
+
+
+def test_a_model_without_a_conditioner_is_refused() -> None:
+    unet = UNet(**{**UNET_A, "use_spatial_transformer": False, "context_dim": None})
+    plain = LatentDiffusion(unet, VQModel(**VQ_SMALL), schedule=Schedule(), name="plain")
+    with pytest.raises(ValueError, match="model 'plain' has no conditioner"):
+        LDMDenoiser(plain)

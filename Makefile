@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` do everything from a bare clone: virtual environment, PyTorch, build,
+# package. A second call repeats nothing. PYTHON chooses the interpreter, VENV another folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.py')
+PYTEST_ARGS ?=
+# Where PyTorch comes from. Without a GPU this saves gigabytes:
+#   make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_ARGS ?=
+
+.PHONY: help demo test lint format build gpu aims clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    synthesize a slide after a real one (two minutes, once installed)"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff, mypy and clang-format in check mode; make format repairs"
+	@echo "make gpu     tests that need a CUDA device"
+	@echo "make aims    what was aimed at and measured, the unmet first"
+	@echo "make build   compile the operators into this checkout"
+	@echo "make clean   remove what was built, the environment included"
+
+demo: $(STAMPS)/build
+	$(BIN)/ssldiff demo
+
+test: $(STAMPS)/test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+gpu: $(STAMPS)/test
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+aims:
+	@$(PYTHON) benchmarks/aims.py
+
+build: $(STAMPS)/build
+
+lint: $(STAMPS)/test $(STAMPS)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(STAMPS)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build python/*.egg-info python/ssldiff_fast/*.so
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit("ssldiff_fast needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else None'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "ssldiff_fast needs the venv module of $(PYTHON): install it (Debian or Ubuntu: apt install python3-venv) and run make again."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS)
+	touch $@
+
+# torch first: the operators are compiled against its headers.
+$(STAMPS)/torch: $(STAMPS)/venv constraints.txt
+	$(PIP) install -c constraints.txt $(TORCH_ARGS) torch torchvision
+	$(PIP) install -c constraints.txt setuptools wheel
+	touch $@
+
+$(STAMPS)/build: $(STAMPS)/torch setup.py pyproject.toml $(SOURCES)
+	$(PIP) install -c constraints.txt --no-build-isolation -e .
+	touch $@
+
+# The package is there already: pip adds what the extra needs and builds nothing again.
+$(STAMPS)/test: $(STAMPS)/build
+	$(PIP) install -c constraints.txt 'ssldiff_fast[test]'
+	touch $@
+
+$(STAMPS)/lint: $(STAMPS)/venv constraints.txt
+	$(PIP) install -c constraints.txt ruff mypy clang-format types-PyYAML types-tqdm
+	touch $@

@@ -87,6 +87,14 @@ def test_borders_between_shifted_windows_never_stay_in_one_place() -> None:
             assert len({offset // 8 for offset in offsets[first : first + 4]}) >= 3
 
 
+def test_windows_overlap_by_a_quarter_in_the_last_steps() -> None:
+    windows = ShiftedWindows(256, 256, (32, 32), seed=5, overlap_from=18)
+    assert [windows.stride(step) for step in (0, 17, 18, 19)] == [(32, 32)] * 2 + [(24, 24)] * 2
+    assert int(cover(windows(18)).min()) == 1
+    inside = windows(18).origins_y[1:-1]
+    assert {b - a for a, b in itertools.pairwise(inside)} == {24}
+
+
 def test_offsets_are_a_function_of_seed_and_step() -> None:
     plans = [ShiftedWindows(256, 256, (32, 32), seed=9) for _ in range(2)]
     assert plans[0](7) == plans[1](7)

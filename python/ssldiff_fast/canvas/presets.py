@@ -26,6 +26,8 @@ class Preset:
         interpolation: How the field interpolates the grid.
         decode_overlap: Tiles that cover a latent along each axis of the decode.
         spacing: Spacing of the timesteps.
+        overlapped_steps: Last steps in which shifted windows overlap by a quarter, so that their
+            borders blend.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Preset:
     interpolation: str
     decode_overlap: int
     spacing: str = "trailing"
+    overlapped_steps: int = 0
 
     def stride(self, window: tuple[int, int]) -> tuple[int, int]:
         """The stride (y, x) in latents of regular windows."""
@@ -55,12 +58,28 @@ class Preset:
         window: tuple[int, int],
         *,
         seed: int,
+        steps: int | None = None,
         stride: int | tuple[int, int] | None = None,
     ) -> WindowPlan | ShiftedWindows:
-        """The windows on a canvas; `stride` in latents replaces the preset's own."""
+        """The windows on a canvas.
+
+        Args:
+            height: Canvas height H in latents.
+            width: Canvas width W in latents.
+            window: (h, w) of a window in latents.
+            seed: Where the offsets of shifted windows start.
+            steps: Number of steps of the run, if not the preset's own.
+            stride: Stride in latents, if not the preset's own.
+        """
         if self.shifted:
             return ShiftedWindows(
-                height, width, window, seed=seed, stride=stride, weights=self.weights
+                height,
+                width,
+                window,
+                seed=seed,
+                stride=stride,
+                weights=self.weights,
+                overlap_from=(steps or self.steps) - self.overlapped_steps,
             )
         own = self.stride(window) if stride is None else stride
         return WindowPlan.regular(height, width, window, own, self.weights)
@@ -106,6 +125,7 @@ PRESETS: dict[str, Preset] = {
             weights="hann",
             interpolation="bilinear",
             decode_overlap=2,
+            overlapped_steps=2,
         ),
     )
 }

@@ -191,6 +191,9 @@ class ShiftedWindows:
     evenly, so that no border between windows stays in one place and no seam can form. (The usual
     choice for the plane, powers of the plastic number, nearly repeats every four steps.) The seed
     sets where the sequence starts.
+
+    What the last steps leave is not painted over by later ones, so from step `overlap_from` on
+    neighbours overlap by a quarter window.
     """
 
     def __init__(
@@ -202,20 +205,30 @@ class ShiftedWindows:
         seed: int,
         stride: int | tuple[int, int] | None = None,
         weights: str = "hann",
+        overlap_from: int | None = None,
     ) -> None:
         _check_canvas(height, width, window)
         check_choice("weights", weights, WEIGHTS, call="ShiftedWindows")
         self.height, self.width, self.window, self.weights = height, width, window, weights
-        self.stride = _strides(window if stride is None else stride, window)
+        self._stride = _strides(window if stride is None else stride, window)
+        self._overlap_from = overlap_from
         zero = np.zeros(1, dtype=np.uint64)
         words = philox4x32((zero + np.uint64(OFFSET_CHANNEL), zero, zero, zero), seed_key(seed))
         self._start = (int(words[0][0]) / 2**32, int(words[1][0]) / 2**32)
+
+    def stride(self, step: int) -> tuple[int, int]:
+        """The stride (y, x) of a step."""
+        if self._overlap_from is None or step < self._overlap_from:
+            return self._stride
+        y, x = (max(1, size - size // 4) for size in self.window)
+        return min(self._stride[0], y), min(self._stride[1], x)
 
     def offset(self, step: int) -> tuple[int, int]:
         """The lattice offset (y, x) of a step."""
         share_y = (self._start[0] + step * _GOLDEN) % 1.0
         share_x = (self._start[1] + step * _SILVER) % 1.0
-        return int(share_y * self.stride[0]), int(share_x * self.stride[1])
+        stride_y, stride_x = self.stride(step)
+        return int(share_y * stride_y), int(share_x * stride_x)
 
     def __call__(self, step: int) -> WindowPlan:
         return WindowPlan.shifted(
@@ -223,7 +236,7 @@ class ShiftedWindows:
             self.width,
             self.window,
             self.offset(step),
-            stride=self.stride,
+            stride=self.stride(step),
             weights=self.weights,
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from golden_inputs import (
     UNET_A,
     UNET_B,

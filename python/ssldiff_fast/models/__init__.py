@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
+    from ssldiff_fast.models.checkpoint import load_weights
     from ssldiff_fast.models.conditioner import PatchConditioner, PatchRegionConditioner
     from ssldiff_fast.models.ldm import LatentDiffusion
-    from ssldiff_fast.models.load import load
     from ssldiff_fast.models.unet import UNet
 
-# Names are imported at first use, so that a part needs only what it uses itself.
+# Names are imported at first use, so that a part needs only what it uses itself. `load` is not
+# among them: its module has that name.
 _MODULES = {
     "AutoencoderKL": "autoencoder",
     "LatentDiffusion": "ldm",
@@ -21,7 +22,7 @@ _MODULES = {
     "PatchRegionConditioner": "conditioner",
     "UNet": "unet",
     "VQModel": "autoencoder",
-    "load": "load",
+    "load_weights": "checkpoint",
 }
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "PatchRegionConditioner",
     "UNet",
     "VQModel",
-    "load",
+    "load_weights",
 ]
 
 

@@ -169,7 +169,7 @@ class LatentDiffusion(nn.Module):
             from ssldiff_fast.encoders.encoder import Encoder
 
             self._encoder.append(Encoder(self.encoder_spec, self.encoder_weights or None))
-        return self._encoder[0]
+        return self._encoder[0].to(next(self.parameters()).device)
 
     @property
     def weights_hash(self) -> str:
@@ -275,7 +275,7 @@ def _build_spec(config: Mapping[str, Any] | None) -> EncoderSpec | None:
         return None
     from ssldiff_fast.encoders.spec import EncoderSpec
 
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     try:
         return EncoderSpec(**values)
     except TypeError as error:

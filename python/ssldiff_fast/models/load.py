@@ -149,7 +149,7 @@ def _fill(
     # Initial values are drawn only where some will stay: they cost seconds at the paper's size.
     model = LatentDiffusion.from_config(config) if match.missing else empty.to_empty(device="cpu")
     copy_weights(found, model_parts(model))
-    model.encoder_weights = {k: v.float() for k, v in found.weights.get("encoder", {}).items()}
+    model.encoder_weights = found.weights.get("encoder", {})
     model.source = source
     report(match, source=str(source))
     return model

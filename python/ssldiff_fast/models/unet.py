@@ -42,7 +42,8 @@ class UNetConfig:
         attention_resolutions: downsampling factors (1, 2, 4, ...) at which there is attention.
         channel_mult: width of each level in units of `model_channels`.
         num_heads, num_head_channels: one of them is given; the other is -1.
-        legacy: as in CompVis; with `num_head_channels` and a spatial transformer it is ignored.
+        num_heads_upsample: heads of the second half; as in CompVis, it counts only with `legacy`
+            and without spatial transformer.
     """
 
     in_channels: int
@@ -139,11 +140,15 @@ class UNetConfig:
                 config[field.name] = list(value) if isinstance(value, tuple) else value
         return config
 
+    @property
+    def _has_upward_heads(self) -> bool:
+        return self.num_heads_upsample != -1 and self.legacy and not self.use_spatial_transformer
+
     def heads(self, channels: int, *, upward: bool = False) -> int:
         """Number of heads of an attention over `channels`, by CompVis' rules."""
         if self.num_head_channels != -1:
             heads = channels // self.num_head_channels
-        elif upward and not self.use_spatial_transformer and self.num_heads_upsample != -1:
+        elif upward and self._has_upward_heads:
             heads = self.num_heads_upsample
         else:
             heads = self.num_heads

@@ -91,7 +91,6 @@ class LDMRecipe(_Strict):
     window: tuple[int, int]
     patches: int = Field(gt=0)
     drop_condition: float = Field(0.1, ge=0, lt=1)
-    snr_gamma: float | None = 5.0
 
 
 Recipe = TypeVar("Recipe", bound=_Strict)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ssldiff synthesize`: a grid to a synthetic slide or image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..canvas.presets import PRESETS
+
+
+@click.command(name="synthesize")
+@click.argument("grid", type=click.Path(path_type=Path))
+@click.option("--model", default="he-demo", show_default=True, help="Bundled model, or a path.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="The image to write, .tif or .png [default: GRID's name with .tif, in this folder].",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--preset", default="fast", show_default=True, help=f"One of {', '.join(PRESETS)}.")
+@click.option("--steps", type=int, help="Steps, in place of the preset's.")
+@click.option("--guidance-scale", type=float, help="1 is no guidance.")
+@click.option("--eta", type=float, help="Share of fresh noise in each step of DDIM.")
+@click.option("--stride", type=int, help="Stride of the windows in latents.")
+@click.option("--decode-stride", type=int, help="Stride of the decoder's tiles in latents.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--codec", default="jpeg", show_default=True, help="jpeg or deflate (lossless).")
+@click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+def command(
+    grid: Path,
+    model: str,
+    out: Path | None,
+    seed: int,
+    preset: str,
+    steps: int | None,
+    guidance_scale: float | None,
+    eta: float | None,
+    stride: int | None,
+    decode_stride: int | None,
+    batch_size: int,
+    codec: str,
+    quality: int,
+    device: str,
+    dtype: str,
+    overwrite: bool,
+) -> None:
+    """Synthesize the image that GRID (made by `ssldiff encode`) describes."""
+    import ssldiff_fast as sf
+    from ssldiff_fast.slides.grid import Grid
+    from ssldiff_fast.slides.output import check_output
+
+    out = check_output(out or Path(f"{grid.stem}.tif"), overwrite=overwrite)
+    cells = Grid.open(grid)
+    done = sf.synthesize(
+        sf.load(model, device=device, dtype=dtype),
+        cells,
+        out,
+        seed=seed,
+        preset=preset,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        eta=eta,
+        stride=stride,
+        decode_stride=decode_stride,
+        batch_size=batch_size,
+        codec=codec,
+        quality=quality,
+        overwrite=overwrite,
+    )
+    width, height = done.size_px
+    spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in done.seconds.items())
+    click.echo(f"{done.path}: {width} x {height} px at {cells.mpp:g} um ({spent})")

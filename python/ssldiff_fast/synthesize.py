@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a grid to a file: the canvas is denoised, decoded in bands, and streamed to disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssldiff_fast._checks import check_positive
+from ssldiff_fast.canvas.decode import decode_overlapped
+from ssldiff_fast.canvas.denoiser import CanvasDenoiser
+from ssldiff_fast.canvas.field import GridField
+from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
+from ssldiff_fast.canvas.noise import canvas_noise
+from ssldiff_fast.canvas.presets import Preset, get_preset
+from ssldiff_fast.canvas.sampler import StepCallback, sample
+from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.slides.grid import Grid
+from ssldiff_fast.slides.writers import open_writer
+
+_WHITE = 243  # grey level of an empty slide, what scanners show between tissue
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """What a run made.
+
+    Attributes:
+        path: the file.
+        size_px: (width, height).
+        seconds: of the stages "denoise" and "decode and write".
+        recipe: everything besides the seed that decides the bytes.
+        seed: the seed.
+    """
+
+    path: Path
+    size_px: tuple[int, int]
+    seconds: Mapping[str, float]
+    recipe: Mapping[str, Any]
+    seed: int
+
+
+def synthesize(
+    model: LatentDiffusion | str | os.PathLike[str],
+    grid: Grid | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    preset: str | Preset = "fast",
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    eta: float | None = None,
+    stride: int | None = None,
+    decode_stride: int | None = None,
+    batch_size: int = 16,
+    codec: str = "jpeg",
+    quality: int = 90,
+    device: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    callback_on_step_end: StepCallback | None = None,
+) -> Synthesis:
+    """Synthesize the large image that a grid describes (paper section 3.2) and write it.
+
+    The same model, grid, seed and settings give the same bytes.
+
+    Args:
+        model: a loaded model, or what `sf.load` takes.
+        grid: a grid, or the path of its HDF5 file. A cell spans one window without overlap.
+        out: the file: .tif (tiled pyramidal BigTIFF) or .png.
+        seed: of the noise.
+        preset: "fast", "paper" or "authors"; or a `Preset` of your own.
+        steps, guidance_scale, eta, stride: in place of the preset's own; `stride` in latents.
+        decode_stride: distance between the decoder's tiles in latents.
+        batch_size: windows of one network call, at most; belongs to the recipe.
+        codec, quality: of a TIFF: "jpeg" (4:4:4) or "deflate".
+        device, dtype: for a model that is loaded here; load it yourself for anything else.
+        overwrite: replace an existing file.
+        progress: show progress with the time that remains.
+        callback_on_step_end: called as (denoiser, step, t, {"latents", "denoised"}) every step.
+
+    Returns:
+        What was made, with its recipe and the seconds of each stage.
+
+    Raises:
+        ValueError: the grid is of another encoder or width, has NaN, or is smaller than one
+            window; a setting is out of range. Nothing has been written then.
+        OSError: the output exists or cannot be written.
+        RuntimeError: NaN or infinity appeared; the message names step and window.
+    """
+    chosen = _settle(preset, steps=steps, guidance_scale=guidance_scale, eta=eta)
+    check_positive("batch_size", batch_size, call="synthesize")
+    loaded = _loaded(model, device, dtype)
+    cells = grid if isinstance(grid, Grid) else Grid.open(grid)
+    if loaded.encoder_spec is not None:
+        cells.check_for(loaded.encoder_spec)
+    plan = _Plan.make(loaded, cells, chosen, seed, stride, decode_stride, batch_size)
+    recipe = plan.recipe()
+    metadata = {"synthetic": True, "seed": seed, "recipe": recipe, "recipe_hash": _hash(recipe)}
+    width, height = plan.size_px
+    with open_writer(
+        out,
+        width,
+        height,
+        cells.mpp,
+        codec=codec,
+        quality=quality,
+        metadata=metadata,
+        overwrite=overwrite,
+    ) as writer:
+        start = time.perf_counter()
+        canvas = plan.denoise(seed, callback_on_step_end, progress)
+        denoised = time.perf_counter()
+        for band in plan.decode(canvas, progress):
+            writer.write_rows(band)
+    seconds = {"denoise": denoised - start, "decode and write": time.perf_counter() - denoised}
+    return Synthesis(Path(out), plan.size_px, seconds, recipe, seed)
+
+
+def _settle(preset: str | Preset, **changes: Any) -> Preset:
+    """The preset with the caller's settings in place of its own."""
+    chosen = get_preset(preset) if isinstance(preset, str) else preset
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "steps" in given:
+        check_positive("steps", given["steps"], call="synthesize")
+    scale = given.get("guidance_scale", chosen.guidance_scale)
+    if not np.isfinite(scale):
+        raise ValueError(f"synthesize: guidance_scale is {scale}, but it must be a finite number.")
+    return dataclasses.replace(chosen, **given)
+
+
+def _loaded(
+    model: LatentDiffusion | str | os.PathLike[str], device: str | None, dtype: str | None
+) -> LatentDiffusion:
+    if isinstance(model, LatentDiffusion):
+        if device is not None or dtype is not None:
+            raise ValueError(
+                "synthesize: device and dtype are for a model that is loaded here, but a loaded "
+                "one was given; pass them to sf.load instead."
+            )
+        return model
+    from ssldiff_fast.models.load import load
+
+    return load(str(model), device=device or "cpu", dtype=dtype or "float32")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A run, checked and ready."""
+
+    model: LatentDiffusion
+    grid: Grid
+    preset: Preset
+    canvas_denoiser: CanvasDenoiser
+    decode_stride: tuple[int, int]
+    batch_size: int
+    stride: int | None
+
+    @classmethod
+    def make(
+        cls,
+        model: LatentDiffusion,
+        grid: Grid,
+        preset: Preset,
+        seed: int,
+        stride: int | None,
+        decode_stride: int | None,
+        batch_size: int,
+    ) -> _Plan:
+        h, w = model.window
+        embeddings, valid = background_filled(model, grid)
+        field = GridField(embeddings, model.window, preset.interpolation, valid=valid)
+        rows, columns = grid.shape
+        windows = preset.windows(
+            rows * h, columns * w, model.window, seed=seed, steps=preset.steps, stride=stride
+        )
+        denoiser = CanvasDenoiser(
+            LDMDenoiser(model),
+            windows,
+            field,
+            guidance_scale=preset.guidance_scale,
+            batch_size=batch_size,
+        )
+        tiles = preset.decode_stride(model.window)
+        if decode_stride is not None:
+            check_positive("decode_stride", decode_stride, call="synthesize")
+            tiles = (decode_stride, decode_stride)
+        return cls(model, grid, preset, denoiser, tiles, batch_size, stride)
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(width, height) of the image."""
+        height, width = self.canvas_denoiser.size
+        factor = self.model.downsample_factor
+        return width * factor, height * factor
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything besides the seed that decides the bytes."""
+        model = self.model
+        return {
+            "model": {"name": model.name, "weights": model.weights_hash},
+            "grid": {
+                "hash": grid_hash(self.grid),
+                "shape": list(self.grid.shape),
+                "encoder": self.grid.encoder.get("name"),
+                "source": self.grid.source.get("name"),
+                "source_hash": self.grid.source.get("hash"),
+            },
+            "size_px": list(self.size_px),
+            "window": list(model.window),
+            "stride": self.stride,
+            "preset": dataclasses.asdict(self.preset),
+            "decode_stride": list(self.decode_stride),
+            "batch_size": self.batch_size,
+            "dtype": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
+        }
+
+    def denoise(self, seed: int, callback: StepCallback | None, progress: bool) -> Tensor:
+        """The denoised canvas [C, H, W]."""
+        noise = canvas_noise(seed, self.model.latent_channels, *self.canvas_denoiser.size)
+        return sample(
+            self.canvas_denoiser,
+            noise,
+            schedule=self.model.schedule,
+            solver=self.preset.solver,
+            steps=self.preset.steps,
+            spacing=self.preset.spacing,
+            eta=self.preset.eta,
+            seed=seed,
+            callback_on_step_end=callback,
+            progress=progress,
+        )
+
+    def decode(self, canvas: Tensor, progress: bool) -> Any:
+        """Bands of pixel rows."""
+        return decode_overlapped(
+            self.model,
+            canvas,
+            stride=self.decode_stride,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
+
+
+def background_filled(
+    model: LatentDiffusion, grid: Grid
+) -> tuple[Tensor, Tensor]:  # embeddings [R, K, T, D], valid [R, K]
+    """A grid whose cells without tissue hold the embedding of an empty slide.
+
+    A model without its encoder cannot say what that is; such cells then stay out of the
+    interpolation, and windows far from any other cell are unconditional, as published.
+    """
+    if bool(grid.valid.all()) or model.encoder_spec is None or not model.encoder_weights:
+        return grid.embeddings, grid.valid
+    side = model.encoder_spec.patch_px
+    white = torch.full((1, side, side, 3), _WHITE, dtype=torch.uint8)
+    embeddings = grid.embeddings.clone()
+    embeddings[~grid.valid] = model.encoder(white)[0]
+    return embeddings, torch.ones_like(grid.valid)
+
+
+def grid_hash(grid: Grid) -> str:
+    """sha256 over the embeddings and the valid mask."""
+    digest = hashlib.sha256(str(tuple(grid.embeddings.shape)).encode())
+    digest.update(grid.embeddings.contiguous().numpy().tobytes())
+    digest.update(grid.valid.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hash(recipe: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

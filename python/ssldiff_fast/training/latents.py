@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents and embeddings of many random patches, computed once before a diffusion model trains."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from tqdm import tqdm
+
+from ssldiff_fast.encoders.encoder import Encoder, weights_hash
+from ssldiff_fast.models.autoencoder import Autoencoder
+from ssldiff_fast.training.data import PatchPool, to_float
+
+_CHUNK = 64  # patches encoded at once
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """What `prepare_latents` made, in memory."""
+
+    latents: np.ndarray  # [P, C, h, w] fp16
+    embeddings: np.ndarray  # [P, T, D] fp16
+
+
+def prepare_latents(
+    pool: PatchPool,
+    vae: Autoencoder,
+    encoder: Encoder,
+    folder: Path,
+    *,
+    count: int,
+    seed: int,
+    progress: bool = True,
+) -> LatentCache:
+    """Latents and embeddings of `count` random patches, kept in `folder` for the next run.
+
+    Files made with other weights, another number of patches or another seed are made again.
+
+    Args:
+        pool: where patches come from.
+        vae: gives the latents, before quantisation.
+        encoder: gives the embeddings; its patch side is the side of the patches.
+        folder: gets `latents.npy`, `embeddings.npy` and, once both are whole, `latents.json`.
+    """
+    settings = {
+        "count": count,
+        "seed": seed,
+        "vae": weights_hash(vae.state_dict()),
+        "encoder": encoder.spec.weights_hash,
+        "data": hashlib.sha256(pool.recipe.model_dump_json().encode()).hexdigest(),
+    }
+    done = folder / "latents.json"
+    if not (done.is_file() and json.loads(done.read_text()) == settings):
+        done.unlink(missing_ok=True)
+        _encode_all(pool, vae, encoder, folder, count=count, seed=seed, progress=progress)
+        done.write_text(json.dumps(settings, indent=1))
+    return LatentCache(np.load(folder / "latents.npy"), np.load(folder / "embeddings.npy"))
+
+
+@torch.inference_mode()
+def _encode_all(
+    pool: PatchPool,
+    vae: Autoencoder,
+    encoder: Encoder,
+    folder: Path,
+    *,
+    count: int,
+    seed: int,
+    progress: bool,
+) -> None:
+    side, spec = encoder.spec.patch_px, encoder.spec
+    shape = (count, vae.embed_dim, side // vae.downsample_factor, side // vae.downsample_factor)
+    latents = np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, shape)
+    embeddings = np.lib.format.open_memmap(
+        folder / "embeddings.npy", "w+", np.float16, (count, spec.tokens, spec.width)
+    )
+    rng = np.random.default_rng(seed)
+    with tqdm(total=count, desc="latents", unit="patch", disable=not progress) as bar:
+        for start in range(0, count, _CHUNK):
+            stop = min(start + _CHUNK, count)
+            patches = np.stack([pool.patch(rng, side) for _ in range(stop - start)])
+            latents[start:stop] = vae.encode(to_float(patches).contiguous()).numpy()
+            embeddings[start:stop] = encoder(patches).numpy()
+            bar.update(stop - start)
+    latents.flush()
+    embeddings.flush()
+
+
+class LatentBatches(IterableDataset[tuple[Tensor, Tensor]]):
+    """Endless batches (latents [B, C, h, w], embeddings [B, T, D]) in fp32, in random order."""
+
+    def __init__(self, cache: LatentCache, *, batch_size: int, seed: int) -> None:
+        super().__init__()
+        self.cache, self.batch_size, self.seed = cache, batch_size, seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rng = np.random.default_rng(self.seed)
+        while True:
+            chosen = rng.integers(len(self.cache.latents), size=self.batch_size)
+            yield (
+                torch.from_numpy(self.cache.latents[chosen]).float(),
+                torch.from_numpy(self.cache.embeddings[chosen]).float(),
+            )

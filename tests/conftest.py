@@ -1,9 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the helpers beside this file importable from every folder of tests."""
+"""Shared by all tests: helpers beside this file import from every folder, GPU tests run only
+where there is a GPU, and every test starts from the same seed."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

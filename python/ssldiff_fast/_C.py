@@ -8,7 +8,6 @@ every torch from 2.10 on; this module is the thin Python face that an extension 
 from __future__ import annotations
 
 import ctypes
-import functools
 import json
 from pathlib import Path
 
@@ -25,10 +24,9 @@ def library_path(device: str) -> Path:
     return Path(__file__).with_name(f"libssldiff_{device}.so")
 
 
-@functools.cache
-def load() -> str | None:
-    """Load the CPU operators once; None if that worked, otherwise a clause that says why not."""
-    path = library_path("cpu")
+def _load(device: str) -> str | None:
+    """Load one library; None if that worked, otherwise a clause that says why not."""
+    path = library_path(device)
     if not path.exists():
         return f"{path.name} is not in {path.parent}"
     try:
@@ -38,27 +36,18 @@ def load() -> str | None:
     return None
 
 
-@functools.cache
-def load_cuda() -> str | None:
-    """Load the CUDA operators once; None if that worked, otherwise a clause that says why not."""
-    path = library_path("cuda")
-    if load() is not None or not path.exists():
-        return "not built"
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return f"{path} does not load with torch {torch.__version__} ({error})"
-    return None
+# Known once the module is imported: torch.compile meets plain constants, no file system.
+CPU_PROBLEM = _load("cpu")
+CUDA_PROBLEM: str | None = "this torch is built without CUDA"
+if torch.version.cuda is not None:
+    CUDA_PROBLEM = CPU_PROBLEM or _load("cuda")
 
 
 def require(call: str) -> None:
     """Raise RuntimeError with the way out if the operators are not built."""
-    reason = load()
-    if reason is not None:
+    if CPU_PROBLEM is not None:
         raise RuntimeError(
-            f"{call}: the compiled operators are missing ({reason}); {HOW_TO_BUILD}."
+            f"{call}: the compiled operators are missing ({CPU_PROBLEM}); {HOW_TO_BUILD}."
         )
 
 

@@ -59,14 +59,12 @@ def operator_facts() -> Facts:
     """The compiled operators."""
     from .. import _C
 
-    reason = _C.load()
-    if reason is not None:
-        return {"CPU operators": f"MISSING: {reason}; {_C.HOW_TO_BUILD}"}
+    if _C.CPU_PROBLEM is not None:
+        return {"CPU operators": f"MISSING: {_C.CPU_PROBLEM}; {_C.HOW_TO_BUILD}"}
     info = _C.build_info()
-    cuda = _C.load_cuda()
     return {
         "CPU operators": f"built for {info['machine']}, running the {info['cpu_path']} path",
-        "CUDA operators": f"{info['cuda']}" + ("" if cuda is None else f" ({cuda})"),
+        "CUDA operators": info["cuda"] + (f" ({_C.CUDA_PROBLEM})" if _C.CUDA_PROBLEM else ""),
         "compiler": info["compiler"],
         "built against": f"torch {info['torch']}, for torch >= {info['torch_target']}",
     }

@@ -27,12 +27,12 @@ def register(
 
     CUDA tensors go to CUDA C++ where that was built (and has the operator), otherwise to Triton.
     """
-    if _C.load() is not None:
+    if _C.CPU_PROBLEM is not None:
         return
     qualified = f"ssldiff::{name}"
     torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    if not (cuda_sources and _C.load_cuda() is None):
+    if not (cuda_sources and _C.CUDA_PROBLEM is None):
         if not _library:
             _library.append(torch.library.Library("ssldiff", "IMPL"))
         _library[0].impl(name, triton, "CUDA")

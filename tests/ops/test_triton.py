@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels without a GPU: under the interpreter, and compiled ahead of time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not available on this platform")
+PROGRAMS = Path(__file__).parents[1] / "triton_programs.py"
+
+
+def _run(what: str, cache: Path, **environment: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("TRITON")}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAMS), what],
+        env={**kept, **environment, "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_under_the_interpreter_every_kernel_agrees_with_the_reference(tmp_path: Path) -> None:
+    found = _run("interpret", tmp_path, TRITON_INTERPRET="1")
+    assert len(found) > 15
+    assert {name: message for name, message in found.items() if message} == {}
+
+
+def test_every_kernel_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    found = _run("compile", tmp_path)
+    assert len(found) == 10
+    assert all("cubin" in made for made in found.values())

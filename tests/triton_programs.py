@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run by tests/ops/test_triton.py in processes of their own.
+
+`interpret` needs TRITON_INTERPRET=1 from the start; `compile` needs it unset. Prints one JSON
+object: the name of each case and what was found.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
+from ssldiff_fast.kernels import vq_nearest as vq_nearest_kernels
+
+from operator_cases import LATTICES, assert_close
+from ssldiff_fast.ops import scatter_mean_reference, vq_nearest_reference
+
+ARCHITECTURES = (80, 90, 100)
+
+
+def interpret() -> dict[str, str]:
+    """Every kernel against the reference; "" where they agree."""
+    found = {}
+    plain = (torch.float32, torch.contiguous_format)
+    halves = [(dtype, torch.channels_last) for dtype in (torch.bfloat16, torch.float16)]
+    every = [plain, *halves, (torch.float64, torch.channels_last)]
+    for name, lattice in LATTICES.items():
+        for dtype, layout in every if name == "odd-overlap" else [plain]:
+            windows = lattice.windows(dtype).contiguous(memory_format=layout)
+            plan = {k: list(v) if "_" in k else v for k, v in lattice.plan().items()}
+            out = scatter_mean_kernels.scatter_mean(windows, *plan.values())
+            expected = scatter_mean_reference(windows.double(), **plan)
+            found[f"scatter_mean {name} {dtype} {layout}"] = _difference(out, expected)
+    for m, k, d in ((1, 1, 1), (19, 7, 3), (64, 128, 3), (65, 257, 4), (0, 5, 3)):
+        z, codes = ((torch.randn(n, d) * 8).round() / 8 for n in (m, k))
+        vectors, indices = vq_nearest_kernels.vq_nearest(z, codes)
+        expected_vectors, expected_indices = vq_nearest_reference(z, codes)
+        same = torch.equal(indices, expected_indices) and torch.equal(vectors, expected_vectors)
+        found[f"vq_nearest {m} x {k} x {d}"] = "" if same else "indices or vectors differ"
+    return found
+
+
+def compile_ahead() -> dict[str, str]:
+    """Every kernel to machine code for GPUs that need not be here; the names of what came out."""
+    from triton.backends.compiler import GPUTarget
+
+    scatter = {
+        **{f"{name}_ptr": "*i64" for name in ("origins_x", "first_y", "last_y", "origins_y")},
+        **{f"{name}_ptr": "*i64" for name in ("first_q", "last_q")},
+        **dict.fromkeys(("height", "width", "window_width", "count_x", "blocks_x"), "i32"),
+        **dict.fromkeys(("stride_n", "stride_c", "stride_y", "stride_x"), "i64"),
+    }
+    nearest = {"indices_ptr": "*i64", "count": "i32", "code_count": "i32"}
+    cases: list[tuple[str, Any, dict[str, str], dict[str, int]]] = []
+    for dtype, total in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")):
+        types = {"windows_ptr": f"*{dtype}", "canvas_ptr": f"*{total}"}
+        types |= {f"weight_{axis}_ptr": f"*{total}" for axis in "yx"}
+        kernel = scatter_mean_kernels.scatter_mean_kernel
+        cases.append((f"scatter_mean {dtype}", kernel, {**scatter, **types}, {"BLOCK": 256}))
+    for dtype in ("fp32", "fp64"):
+        types = {f"{name}_ptr": f"*{dtype}" for name in ("z", "codes", "vectors")}
+        flags = {"WIDTH": 3, "BLOCK_M": 64, "BLOCK_K": 128}
+        kernel = vq_nearest_kernels.vq_nearest_kernel
+        cases.append((f"vq_nearest {dtype}", kernel, {**nearest, **types}, flags))
+    found = {}
+    for name, kernel, types, flags in cases:
+        signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
+        source = triton.compiler.ASTSource(kernel, signature, constexprs=flags)
+        for architecture in ARCHITECTURES if name.endswith("fp32") else ARCHITECTURES[:1]:
+            made = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+            found[f"{name} sm_{architecture}"] = " ".join(sorted(made.asm))
+    return found
+
+
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    try:
+        assert_close(actual, expected)
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(json.dumps({"interpret": interpret, "compile": compile_ahead}[sys.argv[1]]()))

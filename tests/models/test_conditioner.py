@@ -115,6 +115,7 @@ def test_a_wrong_shape_for_patch_and_region_is_named(shape: list[int]) -> None:
     [
         ({"type": "text", "width": 6}, "type is 'text'"),
         ({"type": "patch", "width": 6, "context_dim": 0}, "context_dim=0"),
+        ({"type": "patch", "width": 6, "context_dim": 10, "null": "learned"}, "'learned'"),
         ({"type": "patch", "wdith": 6, "context_dim": 10}, "wdith"),
     ],
 )

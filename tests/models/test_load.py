@@ -177,6 +177,23 @@ def test_a_config_that_is_no_json_is_named(tmp_path: Path) -> None:
         load(folder)
 
 
+def test_a_model_carries_its_encoder(tmp_path: Path) -> None:
+    from ssldiff_fast.encoders.encoder import Encoder
+    from ssldiff_fast.encoders.spec import EncoderSpec
+
+    spec = EncoderSpec("tiny", "test_resnet", width=12, patch_px=32, mpp=0.5, head=True)
+    made = Encoder(spec)
+    model = small_model()
+    model.encoder_spec = made.spec
+    model.encoder_weights = made.network.state_dict()
+    again = load(model.save_pretrained(tmp_path / "model"))
+    assert again.encoder_spec == made.spec
+    patches = torch.rand(2, 3, 32, 32)
+    assert torch.equal(again.encoder(patches), made(patches))
+    tokens = again.conditioner(again.encoder(patches))
+    assert tokens.shape == (2, 1, 16)
+
+
 # Published runs.
 
 

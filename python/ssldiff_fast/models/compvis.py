@@ -63,16 +63,13 @@ def read_compvis(path: Path, *, name: str) -> CompVisConfig:
     if not isinstance(model, dict):
         raise ValueError(f'load: {path} has no "model", expected the configuration of a run.')
     params = _section(path, "model", model, _MODELS)
-    conditioner = _conditioner(path, params)
     unet = _unet(path, params)
     vae, vae_path = _vae(path, params)
-    if conditioner is not None:
-        conditioner.setdefault("context_dim", unet.get("context_dim"))
     config = {
         "name": name,
         "unet": unet,
         "vae": vae,
-        "conditioner": conditioner,
+        "conditioner": _conditioner(path, params),
         "schedule": _schedule(path, params),
         "prediction": params.get("parameterization", "eps"),
         "scale_factor": float(params.get("scale_factor", 1.0)),

@@ -15,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+# What makes the unconditional token, said in configurations for their readers.
+_NULL = "zeros"
+
+
 class PatchConditioner(nn.Module):
     """One linear map of each (normalised) patch embedding: CompVis-style `PatchEmbedder`.
 
@@ -41,6 +45,7 @@ class PatchConditioner(nn.Module):
             "width": self.width,
             "context_dim": self.context_dim,
             "normalize": self.normalize,
+            "null": _NULL,
         }
 
     def null(self, count: int = 1) -> Tensor:  # [count, 1, context_dim]
@@ -105,6 +110,7 @@ class PatchRegionConditioner(nn.Module):
             "region_width": self.region_width,
             "context_dim": self.context_dim,
             "normalize": self.normalize,
+            "null": _NULL,
         }
 
     def null(self, count: int = 1) -> Tensor:  # [count, 2, context_dim]
@@ -160,6 +166,9 @@ def build_conditioner(config: Mapping[str, Any]) -> Conditioner:
         raise ValueError(
             f"conditioner: type is {kind!r}, expected one of {', '.join(sorted(_KINDS))}."
         )
+    null = options.pop("null", _NULL)
+    if null != _NULL:
+        raise ValueError(f"conditioner: null is {null!r}, expected {_NULL!r}.")
     try:
         return _KINDS[kind](**options)
     except TypeError as error:

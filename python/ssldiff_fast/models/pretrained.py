@@ -154,7 +154,7 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
             result[name] = value
             continue
         result[name] = value.to(dtype)
-        if bool(value.isfinite().all()) and not bool(result[name].isfinite().all()):
+        if not result[name].isfinite().all() and value.isfinite().all():
             raise ValueError(
                 f"save_pretrained: {name} holds values up to {float(value.abs().max()):.3g}, more "
                 f"than {dtype} can; use bfloat16 or float32."

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import triton
-from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
-from ssldiff_fast.kernels import vq_nearest as vq_nearest_kernels
 
 from operator_cases import LATTICES, assert_close
+from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
+from ssldiff_fast.kernels import vq_nearest as vq_nearest_kernels
 from ssldiff_fast.ops import scatter_mean_reference, vq_nearest_reference
 
 ARCHITECTURES = (80, 90, 100)

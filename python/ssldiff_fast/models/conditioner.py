@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # What makes the unconditional token, said in configurations for their readers.
 _NULL = "zeros"
 

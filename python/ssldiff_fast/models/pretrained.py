@@ -58,7 +58,7 @@ def parse_device(device: torch.device | str, *, call: str) -> torch.device:
         return parsed
     try:
         torch.empty(0, device=parsed)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError):
         raise RuntimeError(
             f"{call}: device {str(device)!r} is not available here; use device='cpu' or see what "
             "`ssldiff doctor` finds."

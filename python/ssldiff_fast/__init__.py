@@ -27,8 +27,9 @@ _EXPORTS = {
     "encode": "ssldiff_fast.slides.encode",
     "load": "ssldiff_fast.models.load",
     "open_slide": "ssldiff_fast.slides",
-    "sample": "ssldiff_fast.canvas.sample",
-    "synthesize": "ssldiff_fast.synthesize",
+    "sample": "ssldiff_fast.canvas",
+    "Synthesis": "ssldiff_fast.synthesis",
+    "synthesize": "ssldiff_fast.synthesis",
 }
 
 __all__ = ["__version__", *_EXPORTS]

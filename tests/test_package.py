@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package's front: what it exports, how lightly it imports, and where it keeps things."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ssldiff_fast as sf
+from ssldiff_fast import _C, ops, settings
+
+
+@pytest.mark.parametrize("name", sf.__all__)
+def test_every_exported_name_exists(name: str) -> None:
+    value = getattr(sf, name)
+    assert not isinstance(value, type(sys)), f"{name} is a module where a function is promised"
+    assert name in dir(sf)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'ssldiff_fast' has no attribute 'nothing'"):
+        sf.nothing  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import ssldiff_fast, ssldiff_fast.cli, sys;"
+        "heavy = {'torch', 'timm', 'openslide', 'skimage', 'h5py', 'lightning', 'diffusers'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_triton_kernels_are_a_subpackage() -> None:
+    import ssldiff_fast.kernels
+
+    assert ssldiff_fast.kernels.__doc__
+
+
+def test_missing_operators_say_how_to_build_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(_C, "CPU_PROBLEM", "libssldiff_cpu.so is not in there")
+    with pytest.raises(RuntimeError, match=r"vq_nearest: the compiled operators are missing .*pip"):
+        ops.vq_nearest(torch.zeros(1, 3), torch.zeros(1, 3))
+    with pytest.raises(RuntimeError, match="scatter_mean: the compiled operators are missing"):
+        ops.scatter_mean(torch.zeros(1, 1, 1, 1), [0], [0], [1.0], [1.0], height=1, width=1)
+
+
+def test_an_unknown_cpu_path_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'avx1024' is unknown or cannot run on this processor"):
+        _C.set_cpu_path("avx1024")
+
+
+def test_the_cache_follows_its_variable_at_call_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SSLDIFF_CACHE", str(tmp_path))
+    assert settings.cache_dir() == tmp_path
+    monkeypatch.delenv("SSLDIFF_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert settings.cache_dir() == tmp_path / "ssldiff_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert settings.cache_dir() == Path.home() / ".cache" / "ssldiff_fast"

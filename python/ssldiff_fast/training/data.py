@@ -7,6 +7,7 @@ symmetries of the square (D4), and a mild jitter of the stain in optical density
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +41,28 @@ class PoolImage:
             for ex, ey, ew, eh in self.excluded
         )
 
+    def has_room(self, size: int) -> bool:
+        """Whether any patch of that side is allowed."""
+        height, width = self.pixels.shape[:2]
+        # An allowed patch stays allowed while it slides up and left until it meets a border of the
+        # image or of an excluded region, so that these corners are all that need trying.
+        rows = {0, *(math.ceil(ey + eh) for _, ey, _, eh in self.excluded)}
+        columns = {0, *(math.ceil(ex + ew) for ex, _, ew, _ in self.excluded)}
+        return any(
+            0 <= y <= height - size and 0 <= x <= width - size and self.allows(y, x, size)
+            for y in rows
+            for x in columns
+        )
+
 
 def _read(path: Path) -> Image.Image:
     if path.suffix.lower() in {".jpg", ".jpeg", ".png"}:
-        return Image.open(path).convert("RGB")
+        try:
+            return Image.open(path).convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise OSError(
+                f"the training image {path} cannot be read ({error}); remove or replace it"
+            ) from None
     from ssldiff_fast.slides.reader import open_slide
 
     slide = open_slide(path)
@@ -55,7 +74,7 @@ def _scaled(
     image: Image.Image, source: SourceRecipe, mpp: float, scale: float
 ) -> tuple[np.ndarray, float]:
     factor = source.mpp / mpp * scale
-    size = (round(image.width * factor), round(image.height * factor))
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS)), factor
 
 
@@ -68,12 +87,19 @@ class PatchPool:
         split: "train" leaves out what is set aside; "holdout" has only the files set aside.
 
     Raises:
-        FileNotFoundError: where a source matches no file.
+        FileNotFoundError: `root` is no folder, or a source or a name set aside matches no file.
+        ValueError: no image is left for the split.
+        OSError: an image cannot be read.
     """
 
     def __init__(self, recipe: DataRecipe, root: Path, *, split: str = "train") -> None:
         self.recipe = recipe
         self.images: list[PoolImage] = []
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {root}; give the folder that holds the training images with "
+                "--data"
+            )
         scales = recipe.scales if split == "train" else [1.0]
         for source in recipe.sources:
             paths = sorted(root.glob(source.files))
@@ -81,6 +107,12 @@ class PatchPool:
                 raise FileNotFoundError(
                     f"the recipe's source '{source.files}' matches no file under {root}; "
                     "give the folder that holds the training images with --data"
+                )
+            missing = sorted(set(source.holdout) - {path.name for path in paths})
+            if missing:  # a misspelt name would be trained on
+                raise FileNotFoundError(
+                    f"the recipe's source '{source.files}' sets aside {missing[0]}, which is not "
+                    f"among its files under {root}; correct the name"
                 )
             for path in paths:
                 if (path.name in source.holdout) != (split == "holdout"):
@@ -101,8 +133,20 @@ class PatchPool:
             area = pixels.shape[0] * pixels.shape[1] / scale**2
             self.images.append(PoolImage(path.name, pixels, excluded, source.weight * area))
 
+    def check_size(self, size: int) -> None:
+        """Raise ValueError where no image has room for patches of that side."""
+        if not any(image.has_room(size) for image in self.images):
+            raise ValueError(
+                f"no training image has room for patches of {size} pixels at "
+                f"{self.recipe.mpp:g} um per pixel outside the excluded regions; add larger images "
+                "or choose smaller patches"
+            )
+
     def position(self, rng: np.random.Generator, size: int) -> tuple[PoolImage, int, int]:
-        """An image, and the top-left corner `(y, x)` of a patch in it, mostly on tissue."""
+        """An image, and the top-left corner `(y, x)` of a patch in it, mostly on tissue.
+
+        Call `check_size` first: where no patch is allowed, this does not return.
+        """
         while True:
             image = self.images[int(np.searchsorted(self._cumulative, rng.random()))]
             height, width = image.pixels.shape[:2]
@@ -151,18 +195,40 @@ def to_float(
 
 class PatchBatches(IterableDataset[Tensor]):
     """Endless batches `[B, 3, size, size]` in [-1, 1]; `views` > 1 gives that many overlapping
-    views of each place, as `[B, views, 3, size, size]`."""
+    views of each place, as `[B, views, 3, size, size]`.
+
+    Args:
+        pool: where patches come from.
+        size: side of a patch in pixels.
+        batch_size: B.
+        seed: decides what is drawn, together with `start`.
+        views: patches of each place.
+        start: steps done before: a run that goes on draws new patches instead of the first again.
+
+    Raises:
+        ValueError: the pool has no room for such patches.
+    """
 
     def __init__(
-        self, pool: PatchPool, *, size: int, batch_size: int, seed: int, views: int = 1
+        self,
+        pool: PatchPool,
+        *,
+        size: int,
+        batch_size: int,
+        seed: int,
+        views: int = 1,
+        start: int = 0,
     ) -> None:
         super().__init__()
+        pool.check_size(size)
+        self.start = start
         self.pool, self.size, self.batch_size = pool, size, batch_size
         self.seed, self.views = seed, views
 
     def __iter__(self) -> Iterator[Tensor]:
         worker = torch.utils.data.get_worker_info()
-        rng = np.random.default_rng([self.seed, worker.id if worker else 0])
+        stream = [self.seed, worker.id if worker else 0, *([self.start] if self.start else [])]
+        rng = np.random.default_rng(stream)
         while True:
             yield self._one_view(rng) if self.views == 1 else self._several_views(rng)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from ssldiff_fast.encoders.encoder import Encoder, build_network
 from ssldiff_fast.encoders.spec import EncoderSpec
 from ssldiff_fast.training.data import PatchBatches, PatchPool
-from ssldiff_fast.training.fit import Task, averaged_weights, run
-from ssldiff_fast.training.recipe import DataRecipe, EncoderRecipe, read_recipe
+from ssldiff_fast.training.fit import Task, run
+from ssldiff_fast.training.folder import averaged_weights, part_of, prepare_folder
+from ssldiff_fast.training.recipe import EncoderRecipe, read_run
 
 
 def nt_xent(
@@ -50,6 +52,9 @@ def spec_of(recipe: EncoderRecipe, mpp: float) -> EncoderSpec:
 
 class EncoderTask(Task):
     """The network, and the projection that only the loss sees."""
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, recipe: EncoderRecipe, spec: EncoderSpec) -> None:
         super().__init__(recipe.fit)
@@ -93,29 +98,47 @@ def train_encoder(
     Args:
         recipe_name: a recipe file, or the name of a bundled one.
         data: the folder that the recipe's image paths are relative to.
-        folder: gets checkpoints and metrics; with `resume` the run goes on from there.
+        folder: gets checkpoints, metrics and the recipe.
+        resume: go on from the folder's last checkpoint.
+        device: "cpu", "cuda" or the like.
+        progress: whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: no such recipe, folder or image.
+        FileExistsError: `folder` has a checkpoint and `resume` is false.
+        ValueError: the recipe is wrong, or not that of the run to go on with.
+        KeyboardInterrupt: after Ctrl-C, once the step under way is done and saved.
     """
-    recipe = read_recipe(recipe_name, EncoderRecipe)
-    images = read_recipe(recipe.data, DataRecipe)
+    recipe, images = read_run(recipe_name, EncoderRecipe)
+    if recipe.fit.batch_size < 2:
+        raise ValueError("the recipe's batch_size is 1, but a contrast needs at least 2 places")
+    L.seed_everything(recipe.fit.seed, verbose=False)
     task = EncoderTask(recipe, spec_of(recipe, images.mpp))
+    pool = PatchPool(images, data)
+    pool.check_size(recipe.patch_px)
+    done = prepare_folder(folder, recipe, images, resume=resume)
     batches = PatchBatches(
-        PatchPool(images, data),
+        pool,
         size=recipe.patch_px,
         batch_size=recipe.fit.batch_size,
         seed=recipe.fit.seed,
         views=2,
+        start=done,
     )
     run(task, batches, folder, resume=resume, device=device, progress=progress)
     return load_encoder(recipe_name, folder)
 
 
 def load_encoder(recipe_name: str | Path, folder: Path) -> Encoder:
-    """The encoder of a run's folder, with its averaged weights (rounded as they are stored)."""
-    recipe = read_recipe(recipe_name, EncoderRecipe)
-    mpp = read_recipe(recipe.data, DataRecipe).mpp
+    """The encoder of a run's folder, with its averaged weights (rounded as they are stored).
+
+    Raises:
+        FileNotFoundError: no such recipe, or nothing saved yet.
+        ValueError: the recipe is not that of the run, or the checkpoint is damaged.
+    """
+    recipe, images = read_run(recipe_name, EncoderRecipe)
     weights = {
-        name.removeprefix("network."): value.half() if value.is_floating_point() else value
-        for name, value in averaged_weights(folder).items()
-        if name.startswith("network.")
+        name: value.half() if value.is_floating_point() else value
+        for name, value in part_of(averaged_weights(folder), "network.").items()
     }
-    return Encoder(spec_of(recipe, mpp), weights)
+    return Encoder(spec_of(recipe, images.mpp), weights)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from tqdm import tqdm
 
 from ssldiff_fast.encoders.encoder import Encoder, weights_hash
 from ssldiff_fast.models.autoencoder import Autoencoder
+from ssldiff_fast.slides.output import atomic_bytes
 from ssldiff_fast.training.data import PatchPool, to_float
+from ssldiff_fast.training.folder import CHECKPOINT
 
 _CHUNK = 64  # patches encoded at once
 
@@ -38,6 +41,7 @@ def prepare_latents(
     *,
     count: int,
     seed: int,
+    device: str = "cpu",
     progress: bool = True,
 ) -> LatentCache:
     """Latents and embeddings of `count` random patches, kept in `folder` for the next run.
@@ -49,7 +53,16 @@ def prepare_latents(
         vae: gives the latents, before quantisation.
         encoder: gives the embeddings; its patch side is the side of the patches.
         folder: gets `latents.npy`, `embeddings.npy` and, once both are whole, `latents.json`.
+        count: P.
+        seed: decides which patches are drawn.
+        device: where the networks run meanwhile; they come back to the CPU.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: a U-Net was trained in `folder` on latents of another autoencoder or encoder.
     """
+    side = encoder.spec.patch_px
+    pool.check_size(side)
     settings = {
         "count": count,
         "seed": seed,
@@ -58,11 +71,35 @@ def prepare_latents(
         "data": hashlib.sha256(pool.recipe.model_dump_json().encode()).hexdigest(),
     }
     done = folder / "latents.json"
-    if not (done.is_file() and json.loads(done.read_text()) == settings):
+    before = _read_settings(done)
+    if before != settings:
+        if before and (folder / CHECKPOINT).exists():
+            _refuse_others(folder, before, settings)
         done.unlink(missing_ok=True)
+        vae.to(device)
+        encoder.to(device)
         _encode_all(pool, vae, encoder, folder, count=count, seed=seed, progress=progress)
-        done.write_text(json.dumps(settings, indent=1))
+        vae.cpu()
+        encoder.to("cpu")
+        atomic_bytes(done, json.dumps(settings, indent=1).encode())
     return LatentCache(np.load(folder / "latents.npy"), np.load(folder / "embeddings.npy"))
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # damaged is as good as absent: they are made again
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _refuse_others(folder: Path, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    for part, words in (("vae", "autoencoder"), ("encoder", "encoder")):
+        if before.get(part) != settings[part]:
+            raise ValueError(
+                f"the run in {folder} was trained on latents of another {words}; go on with the "
+                f"{words} that it was started with, or start a run in another folder"
+            )
 
 
 @torch.inference_mode()
@@ -87,7 +124,8 @@ def _encode_all(
         for start in range(0, count, _CHUNK):
             stop = min(start + _CHUNK, count)
             patches = np.stack([pool.patch(rng, side) for _ in range(stop - start)])
-            latents[start:stop] = vae.encode(to_float(patches).contiguous()).numpy()
+            x = to_float(patches).contiguous().to(next(vae.parameters()).device)
+            latents[start:stop] = vae.encode(x).cpu().numpy()
             embeddings[start:stop] = encoder(patches).numpy()
             bar.update(stop - start)
     latents.flush()
@@ -95,14 +133,18 @@ def _encode_all(
 
 
 class LatentBatches(IterableDataset[tuple[Tensor, Tensor]]):
-    """Endless batches (latents [B, C, h, w], embeddings [B, T, D]) in fp32, in random order."""
+    """Endless batches (latents [B, C, h, w], embeddings [B, T, D]) in fp32, drawn at random.
 
-    def __init__(self, cache: LatentCache, *, batch_size: int, seed: int) -> None:
+    `start` is the number of steps done before: a run that goes on draws others than at first.
+    """
+
+    def __init__(self, cache: LatentCache, *, batch_size: int, seed: int, start: int = 0) -> None:
         super().__init__()
+        self.start = start
         self.cache, self.batch_size, self.seed = cache, batch_size, seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rng = np.random.default_rng(self.seed)
+        rng = np.random.default_rng([self.seed, self.start] if self.start else self.seed)
         while True:
             chosen = rng.integers(len(self.cache.latents), size=self.batch_size)
             yield (

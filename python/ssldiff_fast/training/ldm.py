@@ -6,26 +6,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssldiff_fast.encoders.encoder import Encoder
 from ssldiff_fast.diffusion.schedule import Schedule
+from ssldiff_fast.encoders.encoder import Encoder
 from ssldiff_fast.models.autoencoder import Autoencoder
 from ssldiff_fast.models.conditioner import PatchConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.models.unet import UNet
+from ssldiff_fast.slides.output import atomic_bytes
 from ssldiff_fast.training.data import PatchPool
 from ssldiff_fast.training.encoder import load_encoder
-from ssldiff_fast.training.fit import Task, averaged_weights, run
+from ssldiff_fast.training.fit import Task, run
+from ssldiff_fast.training.folder import averaged_weights, load_part, prepare_folder
 from ssldiff_fast.training.latents import LatentBatches, prepare_latents
-from ssldiff_fast.training.recipe import DataRecipe, LDMRecipe, read_recipe
+from ssldiff_fast.training.recipe import LDMRecipe, read_recipe, read_run
 from ssldiff_fast.training.vae import load_vae
+
+_SCALE = "scale_factor.txt"
 
 
 def build_model(recipe: LDMRecipe, vae: Autoencoder, encoder: Encoder) -> LatentDiffusion:
-    """The whole model with an untrained U-Net and conditioner."""
+    """The whole model with an untrained U-Net and conditioner.
+
+    Raises:
+        ValueError: the recipe describes no U-Net, or one that does not fit the other parts.
+    """
+    _check_window(recipe, vae, encoder)
     model = LatentDiffusion(
         UNet(**recipe.unet),
         vae,
@@ -88,12 +98,25 @@ def train_ldm(
         vae_recipe, vae_folder: what `train vae` was called with.
         encoder_recipe, encoder_folder: what `train encoder` was called with.
         resume: go on from the folder's last checkpoint.
+        device: "cpu", "cuda" or the like.
+        progress: whether to show progress bars.
+
+    Returns:
+        The model with its averaged weights, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such recipe, folder, run or image.
+        FileExistsError: `folder` has a checkpoint and `resume` is false.
+        ValueError: the recipe is wrong, or not that of the run to go on with, or the parts do not
+            fit together.
+        KeyboardInterrupt: after Ctrl-C; what was trained is saved.
     """
-    recipe = read_recipe(recipe_name, LDMRecipe)
+    recipe, images = read_run(recipe_name, LDMRecipe)
     vae, encoder = load_vae(vae_recipe, vae_folder), load_encoder(encoder_recipe, encoder_folder)
-    _check_window(recipe, vae, encoder)
-    pool = PatchPool(read_recipe(recipe.data, DataRecipe), data)
-    folder.mkdir(parents=True, exist_ok=True)
+    L.seed_everything(recipe.fit.seed, verbose=False)
+    model = build_model(recipe, vae, encoder)
+    pool = PatchPool(images, data)
+    done = prepare_folder(folder, recipe, images, resume=resume)
     cache = prepare_latents(
         pool,
         vae,
@@ -101,14 +124,16 @@ def train_ldm(
         folder,
         count=recipe.patches,
         seed=recipe.fit.seed,
+        device=device,
         progress=progress,
     )
-    model = build_model(recipe, vae, encoder)
     model.scale_factor = _scale_factor(folder, cache.latents)
-    batches = LatentBatches(cache, batch_size=recipe.fit.batch_size, seed=recipe.fit.seed)
+    batches = LatentBatches(
+        cache, batch_size=recipe.fit.batch_size, seed=recipe.fit.seed, start=done
+    )
     task = LDMTask(recipe, model)
     run(task, batches, folder, resume=resume, device=device, progress=progress)
-    return model.eval()
+    return model.cpu().eval()
 
 
 def load_ldm(
@@ -120,26 +145,43 @@ def load_ldm(
     encoder_recipe: str | Path,
     encoder_folder: Path,
 ) -> LatentDiffusion:
-    """The model of a run's folder with its averaged weights, also while the run goes on."""
+    """The model of a run's folder with its averaged weights, also while the run goes on.
+
+    Raises:
+        FileNotFoundError: no such recipe or run, or nothing saved yet.
+        ValueError: a recipe is not that of its run, or a checkpoint is damaged.
+    """
     recipe = read_recipe(recipe_name, LDMRecipe)
     vae, encoder = load_vae(vae_recipe, vae_folder), load_encoder(encoder_recipe, encoder_folder)
     model = build_model(recipe, vae, encoder)
-    model.scale_factor = float((folder / "scale_factor.txt").read_text())
-    assert model.conditioner is not None
     weights = averaged_weights(folder)
     for part in ("unet", "conditioner"):
-        module, prefix = getattr(model, part), f"{part}."
-        module.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        )
+        load_part(getattr(model, part), weights, f"{part}.", folder)
+    model.scale_factor = _read_scale_factor(folder)
     return model.eval()
 
 
 def _scale_factor(folder: Path, latents: Any) -> float:
     """1 / standard deviation of the latents, so that the diffusion starts from unit variance."""
-    factor = 1.0 / float(latents[:4096].astype("float32").std())
-    (folder / "scale_factor.txt").write_text(repr(factor))
+    deviation = float(latents[:4096].astype("float32").std())
+    if not 0 < deviation < float("inf"):
+        raise ValueError(
+            f"the autoencoder's latents have a standard deviation of {deviation}; train the "
+            "autoencoder for longer, or look at what it was trained on"
+        )
+    factor = 1.0 / deviation
+    atomic_bytes(folder / _SCALE, repr(factor).encode())
     return factor
+
+
+def _read_scale_factor(folder: Path) -> float:
+    path = folder / _SCALE
+    try:
+        return float(path.read_text())
+    except (FileNotFoundError, ValueError):
+        raise ValueError(
+            f"{path} is missing or holds no number; name the folder of a run of `train ldm`"
+        ) from None
 
 
 def _check_window(recipe: LDMRecipe, vae: Autoencoder, encoder: Encoder) -> None:

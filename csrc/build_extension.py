@@ -10,6 +10,7 @@ Environment variables, read here and nowhere else:
     SSLDIFF_CUDA        0: never build the CUDA sources; 1: fail if they cannot be built.
     SSLDIFF_CUDA_ARCHS  compute capabilities, default "80 90"; the last one is kept as PTX too.
     CUDA_HOME           where nvcc lies, if not on PATH.
+    CXX                 the C++ compiler; CXXFLAGS and LDFLAGS come after our own flags.
 """
 
 from __future__ import annotations
@@ -170,7 +171,8 @@ class BuildOperators(build_ext):
                 "machine": platform.machine(),
             }
             define = f"-DSSLDIFF_BUILD_INFO={json.dumps(json.dumps(info))}"
-            compile_one = [*cxx, *CXX_FLAGS, define, *shared]
+            extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+            compile_one = [*cxx, *CXX_FLAGS, *extra, define, *shared]
         else:
             assert nvcc is not None
             compile_one = [nvcc, *NVCC_FLAGS, *_arch_flags(), "-DUSE_CUDA", *shared]
@@ -196,7 +198,7 @@ class BuildOperators(build_ext):
             libraries += ["-ltorch_cuda"]
             command = [str(nvcc), "-shared", "-cudart=static", *_arch_flags()]
         else:
-            command = [*cxx, "-shared", "-fPIC"]
+            command = [*cxx, "-shared", "-fPIC", *shlex.split(os.environ.get("LDFLAGS", ""))]
         _run([*command, *objects, "-o", str(output), *libraries])
 
 

@@ -88,6 +88,7 @@ def test_a_direction_with_stronger_texture_does_not_look_like_a_seam() -> None:
         np.clip(image + weak, 0, 255).astype(np.uint8), rows=[], columns=range(32, 640, 32)
     )
     assert seam.figure == pytest.approx(1, abs=0.1)
+    assert seam.noise > 0
 
 
 def test_borders_may_lie_anywhere() -> None:
@@ -99,6 +100,21 @@ def test_borders_may_lie_anywhere() -> None:
     assert found.figure > 2
     assert math.isnan(found.noise)
     assert measure_seam(image, rows=[101], columns=[38]).figure < 1.2
+
+
+def test_comparing_with_what_is_near_ignores_texture_that_changes_slowly() -> None:
+    image = smooth_field(size=(320, 320)).astype(float)
+    strength = np.linspace(0.05, 1.5, 320) ** 2
+    image = np.clip(128 + (image - 128) * strength[:, None], 0, 255).astype(np.uint8)
+    whole, near = measure_seam(image, WINDOW), measure_seam(image, WINDOW, near=4)
+    assert near.noise < whole.noise
+    assert near.figure == pytest.approx(1, abs=0.04)
+    assert measure_seam(with_blocks(image, 20), WINDOW, near=4).figure > 1.1
+
+
+def test_near_and_period_go_together() -> None:
+    image = np.repeat(np.repeat(smooth_field(size=(64, 80)), 4, 0), 4, 1)
+    assert measure_seam(image, WINDOW, period=4, near=8).figure == pytest.approx(1, abs=0.15)
 
 
 def test_a_texture_with_a_period_of_its_own_is_no_seam_when_the_period_is_given() -> None:
@@ -132,6 +148,7 @@ def test_the_image_is_not_changed() -> None:
         ({"rows": [0]}, "from 1 to 255"),
         ({"columns": [320]}, "from 1 to 319"),
         ({"window_px": 32, "period": 0}, "period is 0"),
+        ({"window_px": 32, "period": 8, "near": 4}, "near is 4"),
         ({"window_px": 32, "period": 32}, "nothing is left to compare with"),
     ],
 )

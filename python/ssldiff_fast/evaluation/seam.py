@@ -9,6 +9,7 @@ blurred by averaging give less.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,7 @@ def measure_seam(
     rows: Sequence[int] | None = None,
     columns: Sequence[int] | None = None,
     period: int = 1,
+    near: int | None = None,
 ) -> Seam:
     """Measure the seams of an image.
 
@@ -71,6 +73,8 @@ def measure_seam(
         period: compare only with places that lie whole multiples of it from a border. A decoder
             that doubles the resolution twice has a texture of period 4 of its own, and JPEG one
             of 8, which are no seams; with 1 every other place counts.
+        near: compare each border only with places up to that many pixels from it. Texture changes
+            slowly, so this has a third of the noise or less; it does not see seams that are wider.
 
     Returns:
         The figure, its two directions, and how much of it may be chance.
@@ -90,17 +94,20 @@ def measure_seam(
             f"measure_seam: no border lies inside the image of {width} x {height} pixels; give a "
             "window_px below its sides, or rows and columns"
         )
-    if period < 1:
-        raise ValueError(f"measure_seam: period is {period}, expected a number of pixels above 0")
+    if period < 1 or (near is not None and near < period):
+        raise ValueError(
+            f"measure_seam: period is {period} and near is {near}, expected a period of at least 1 "
+            "and a near of at least the period, in pixels"
+        )
     profiles = _profiles(image)
     vertical, horizontal = (
-        _share(profile, borders, period) for profile, borders in zip(profiles, at)
+        _share(profile, borders, (period, near)) for profile, borders in zip(profiles, at)
     )
     return Seam(
         figure=_ratio([vertical, horizontal]),
         horizontal=_ratio([horizontal]),
         vertical=_ratio([vertical]),
-        noise=_noise(profiles, at, period),
+        noise=_noise(profiles, at, (period, near)),
         borders=len(at[0]) + len(at[1]),
     )
 
@@ -122,52 +129,68 @@ def _profiles(
 def _share(
     profile: np.ndarray,  # [L]
     borders: np.ndarray,  # [B] int
-    period: int,
+    reach: tuple[int, int | None],  # period and near
     barred: np.ndarray | None = None,  # [E] int, neither borders nor elsewhere
-) -> tuple[float, int, float, int]:  # sum and count at the borders, sum and count elsewhere
-    elsewhere = np.zeros(len(profile), dtype=bool)
-    for phase in np.unique(borders % period):
-        elsewhere[phase::period] = True
-    elsewhere[0] = False
-    elsewhere[borders] = False
+) -> tuple[int, float, float]:  # B, the sum at the borders, and the sum to be expected there
+    if not len(borders):
+        return 0, 0.0, 0.0
+    period, near = reach
+    usable = np.ones(len(profile), dtype=bool)
+    usable[0] = False
+    usable[borders] = False
     if barred is not None:
-        elsewhere[barred] = False
-    count = int(elsewhere.sum())
-    return float(profile[borders].sum()), len(borders), float(profile[elsewhere].sum()), count
+        usable[barred] = False
+    expected = 0.0
+    if near is None:
+        phases = np.zeros(len(profile), dtype=bool)
+        for phase in np.unique(borders % period):
+            phases[phase::period] = True
+        expected = len(borders) * _mean(profile[usable & phases])
+    else:
+        for border in borders:
+            first = border - near // period * period
+            place = slice(first % period if first < 0 else first, border + near + 1, period)
+            expected += _mean(profile[place][usable[place]])
+    return len(borders), float(profile[borders].sum()), expected
 
 
-def _ratio(shares: list[tuple[float, int, float, int]]) -> float:
-    """Mean at the borders over mean elsewhere, each direction elsewhere weighed by its borders.
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _ratio(shares: list[tuple[int, float, float]]) -> float:
+    """Sum at the borders over the sum to be expected there, each direction for itself.
 
     Textures differ by direction, so an image with more borders in one of them must be compared
     with as large a share of that direction elsewhere.
     """
-    shares = [share for share in shares if share[1]]
+    shares = [share for share in shares if share[0]]
     if not shares:
         return float("nan")
-    if any(count == 0 for *_, count in shares):
+    at, expected = sum(share[1] for share in shares), sum(share[2] for share in shares)
+    if math.isnan(expected):
         raise ValueError(
             "measure_seam: every place is a border, so that nothing is left to compare with; give "
-            "a larger window_px, fewer borders, or a smaller period"
+            "a larger window_px or near, fewer borders, or a smaller period"
         )
-    at = sum(total for total, *_ in shares)
-    expected = sum(borders * total / count for _, borders, total, count in shares)
     if expected == 0:
         return 1.0 if at == 0 else float("inf")
     return at / expected
 
 
-def _noise(profiles: Sequence[np.ndarray], at: list[np.ndarray], period: int) -> float:
+def _noise(
+    profiles: Sequence[np.ndarray], at: list[np.ndarray], reach: tuple[int, int | None]
+) -> float:
     """Standard deviation of the figure where there is no seam: the borders moved by less than the
     smallest gap between two of them, all together."""
     gap = min(np.diff(borders).min() for borders in at if len(borders) > 1) if _several(at) else 0
     figures = []
-    for offset in range(period, int(gap), period):
+    for offset in range(reach[0], int(gap), reach[0]):
         moved = [
-            _share(profile, borders[borders + offset < len(profile)] + offset, period, borders)
+            _share(profile, borders[borders + offset < len(profile)] + offset, reach, borders)
             for profile, borders in zip(profiles, at)
         ]
-        if all(elsewhere for _, count, _, elsewhere in moved if count):
+        if not any(math.isnan(expected) for _, _, expected in moved):
             figures.append(_ratio(moved))
     return float(np.std(figures)) if len(figures) > 1 else float("nan")
 

@@ -6,6 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -137,8 +138,7 @@ Tensor scatter_mean(Tensor windows, std::vector<int64_t> origins_y, std::vector<
     return canvas;
   }
   void* handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(windows.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(windows.get_device_index(), &handle));
   const auto stream = static_cast<cudaStream_t>(handle);
   if (type == ScalarType::Double) {
     launch<double, double>(windows, canvas, origins_y, origins_x, weight_y, weight_x, stream);

@@ -4,13 +4,21 @@
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+import setuptools
+
+SETUPTOOLS = 77  # the first that reads our licence fields and brings bdist_wheel
+
+if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
+    sys.exit(
+        f"ssldiff_fast: setuptools {setuptools.__version__} is too old to build this; run "
+        f"`pip install -U 'setuptools>={SETUPTOOLS}'` and the same command again."
+    )
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
-from build_extension import extension_arguments
+from build_extension import extension_arguments  # noqa: E402
 
-setup(
-    packages=[*find_packages("python"), "ssldiff_fast.kernels"],
+setuptools.setup(
+    packages=[*setuptools.find_packages("python"), "ssldiff_fast.kernels"],
     # kernels/ stands beside csrc/ in the repository and is a subpackage once installed.
     package_dir={"": "python", "ssldiff_fast.kernels": "kernels"},
     package_data={"ssldiff_fast": ["data/**/*", "py.typed", "**/*.yaml"]},

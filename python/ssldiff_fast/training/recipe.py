@@ -89,6 +89,9 @@ class EncoderRecipe(RunRecipe):
     temperature: float = Field(0.2, gt=0)
     mean: tuple[float, float, float]
     std: tuple[Positive, Positive, Positive]
+    blur: float = Field(0.0, ge=0, le=1)  # largest share of a blurred copy in a view
+    noise: float = Field(0.0, ge=0)  # largest standard deviation of noise in a view, of 2
+    autoencoder_share: float = Field(0.0, ge=0, le=1)  # of second views; needs an autoencoder
 
 
 class LDMRecipe(RunRecipe):
@@ -129,11 +132,11 @@ def find_recipe(name: str | Path, *, beside: Path | None = None) -> Path:
     if path.is_file():
         return path
     folder = Path(str(resources.files("ssldiff_fast.training"))) / "recipes"
-    bundled = {found.stem: found for found in sorted(folder.glob("*.yaml"))}
+    bundled = {path.stem: path for path in folder.glob("*.yaml")}
     if str(name) in bundled:
         return bundled[str(name)]
     raise FileNotFoundError(
-        f"recipe '{name}' is neither a file nor one of {', '.join(bundled)}; check the name"
+        f"recipe '{name}' is neither a file nor one of {', '.join(sorted(bundled))}; check the name"
     )
 
 

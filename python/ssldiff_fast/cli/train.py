@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ssldiff train`: an autoencoder, an encoder and a diffusion model on images of one's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+_FOLDER = click.Path(path_type=Path, file_okay=False)
+_FILE = click.Path(path_type=Path, dir_okay=False)
+_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
+
+@click.group(name="train")
+def command() -> None:
+    """Train an autoencoder, an encoder and a diffusion model.
+
+    \b
+    In this order, each in a folder of its own:
+      ssldiff train vae --data IMAGES -o runs/vae
+      ssldiff train encoder --data IMAGES -o runs/encoder
+      ssldiff train ldm --data IMAGES -o runs/ldm --vae runs/vae --encoder runs/encoder
+      ssldiff train export -o my-model --ldm runs/ldm --vae runs/vae --encoder runs/encoder
+
+    Needs: pip install 'ssldiff_fast[train]'
+    """
+
+
+def _run_options(recipe: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What every training command takes."""
+    options = [
+        click.option(
+            "--recipe",
+            default=recipe,
+            show_default=True,
+            help="What to train: a recipe file, or the name of a bundled one.",
+        ),
+        click.option(
+            "--data",
+            type=_FOLDER,
+            required=True,
+            help="Folder of the images; the recipe's paths are relative to it.",
+        ),
+        click.option(
+            "-o",
+            "--output",
+            type=_FOLDER,
+            required=True,
+            help="The run's folder: checkpoint, metrics and recipe.",
+        ),
+        click.option("--resume", is_flag=True, help="Go on from the folder's last checkpoint."),
+        click.option("--device", default="cpu", show_default=True),
+    ]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _part_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The autoencoder and encoder that a diffusion model is made for."""
+    for part, words in (("encoder", "encoder"), ("vae", "autoencoder")):
+        function = click.option(
+            f"--{part}-recipe",
+            help=f"Recipe of the {words} [default: the one recorded in its folder].",
+        )(function)
+        function = click.option(
+            f"--{part}", type=_FOLDER, required=True, help=f"Folder of `train {part}`."
+        )(function)
+    return function
+
+
+@contextmanager
+def _training(output: Path) -> Iterator[None]:
+    """Keeps Lightning quiet, and says after Ctrl-C how to go on."""
+    from ssldiff_fast.training.folder import CHECKPOINT
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (output / CHECKPOINT).exists():
+            said = f"interrupted, and saved in {output}: give the same command with --resume"
+        else:
+            said = "interrupted before anything was trained: give the same command again"
+        click.echo(f"\nssldiff: {said} to go on.", err=True)
+        raise click.exceptions.Exit(_INTERRUPTED) from None
+
+
+def _recipe_of(folder: Path, given: str | None, part: str) -> str | Path:
+    from ssldiff_fast.training.folder import recorded_recipe
+
+    return given or recorded_recipe(folder) or f"he-demo-{part}"
+
+
+def _parts(
+    vae: Path, vae_recipe: str | None, encoder: Path, encoder_recipe: str | None
+) -> dict[str, Any]:
+    return {
+        "vae_folder": vae,
+        "vae_recipe": _recipe_of(vae, vae_recipe, "vae"),
+        "encoder_folder": encoder,
+        "encoder_recipe": _recipe_of(encoder, encoder_recipe, "encoder"),
+    }
+
+
+@command.command(name="vae")
+@_run_options("he-demo-vae")
+def train_vae(recipe: str, data: Path, output: Path, resume: bool, device: str) -> None:
+    """Train a VQ autoencoder, the first stage."""
+    from ssldiff_fast.training.vae import train_vae
+
+    with _training(output):
+        train_vae(recipe, data, output, resume=resume, device=device)
+    click.echo(f"{output}: trained.")
+    click.echo(f"next: ssldiff train encoder --data {data} -o RUN_FOLDER")
+
+
+@command.command(name="encoder")
+@_run_options("he-demo-encoder")
+def train_encoder(recipe: str, data: Path, output: Path, resume: bool, device: str) -> None:
+    """Train an encoder by contrast; its embeddings condition the diffusion model."""
+    from ssldiff_fast.training.encoder import train_encoder
+
+    with _training(output):
+        train_encoder(recipe, data, output, resume=resume, device=device)
+    click.echo(f"{output}: trained.")
+    click.echo(f"next: ssldiff train ldm --data {data} -o RUN_FOLDER --vae ... --encoder {output}")
+
+
+@command.command(name="ldm")
+@_run_options("he-demo-ldm")
+@_part_options
+def train_ldm(
+    recipe: str,
+    data: Path,
+    output: Path,
+    resume: bool,
+    device: str,
+    vae: Path,
+    vae_recipe: str | None,
+    encoder: Path,
+    encoder_recipe: str | None,
+) -> None:
+    """Train a diffusion model on a trained autoencoder and encoder."""
+    from ssldiff_fast.training.ldm import train_ldm
+
+    parts = _parts(vae, vae_recipe, encoder, encoder_recipe)
+    with _training(output):
+        train_ldm(recipe, data, output, **parts, resume=resume, device=device)
+    click.echo(f"{output}: trained.")
+    click.echo(
+        f"next: ssldiff train export -o MODEL_FOLDER --ldm {output} --vae {vae} --encoder {encoder}"
+    )
+
+
+@command.command(name="export")
+@click.option("--ldm", type=_FOLDER, required=True, help="Folder of `train ldm`.")
+@click.option(
+    "--recipe",
+    help="Recipe of the diffusion model [default: the one recorded in its folder].",
+)
+@_part_options
+@click.option("--card", type=_FILE, help="The model card: becomes README.md.")
+@click.option(
+    "--dtype",
+    default="float16",
+    show_default=True,
+    help="Precision of the weights in the file.",
+)
+@click.option("-o", "--output", type=_FOLDER, required=True, help="The model's folder.")
+@click.option("--overwrite", is_flag=True, help="Replace a model that is there.")
+def export(
+    ldm: Path,
+    recipe: str | None,
+    vae: Path,
+    vae_recipe: str | None,
+    encoder: Path,
+    encoder_recipe: str | None,
+    card: Path | None,
+    dtype: str,
+    output: Path,
+    overwrite: bool,
+) -> None:
+    """Make one model folder of the three runs, also while they go on.
+
+    It holds config.json and model.safetensors with the averaged weights, and loads with
+    ssldiff_fast.load(FOLDER) and --model FOLDER.
+    """
+    from ssldiff_fast.training.ldm import load_ldm
+
+    text = None if card is None else card.read_text(encoding="utf-8")
+    model = load_ldm(
+        _recipe_of(ldm, recipe, "ldm"), ldm, **_parts(vae, vae_recipe, encoder, encoder_recipe)
+    )
+    model.save_pretrained(output, dtype=dtype, card=text, overwrite=overwrite)
+    size = (output / "model.safetensors").stat().st_size
+    click.echo(f"{output}: model '{model.name}', {size / 2**20:.1f} MB of weights.")
+    click.echo(f"next: ssldiff demo --model {output}")

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all trainers share: saving, averaging, going on, stopping, and the run's folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from ssldiff_fast.training.encoder import load_encoder, train_encoder
+from ssldiff_fast.training.fit import MovingAverage, Task, averaged_weights, run
+from ssldiff_fast.training.folder import read_checkpoint, recorded_recipe
+from ssldiff_fast.training.recipe import FitRecipe
+from ssldiff_fast.training.vae import load_vae, train_vae
+from tiny_training import FIT, Workshop
+
+
+class Numbers(torch.utils.data.IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.ones(2, 3)
+
+
+class LineTask(Task):
+    """One linear layer that remembers its weights after each step."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(FitRecipe.model_validate({**FIT, "steps": 6, **changes}))
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.seen: list[dict[str, Tensor]] = []
+        self.draws: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.count += 1
+        self.draws.append(float(torch.rand(())))
+        return (self.layer(batch) - 3).square().mean()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append({k: v.detach().clone() for k, v in self.state_dict().items()})
+
+
+class At(Callback):
+    """Does something after a step."""
+
+    def __init__(self, step: int, action: Any) -> None:
+        self.step, self.action = step, action
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.action()
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def train(folder: Path, task: Task | None = None, *, resume: bool = False, **more: Any) -> LineTask:
+    task = task or LineTask()
+    run(task, Numbers(), folder, resume=resume, progress=False, **more)
+    assert isinstance(task, LineTask)
+    return task
+
+
+def test_a_run_leaves_the_averaged_weights_in_its_folder_and_in_the_task(tmp_path: Path) -> None:
+    task = train(tmp_path, LineTask(ema_decay=0.5))
+    saved = averaged_weights(tmp_path)
+    assert read_checkpoint(tmp_path)["global_step"] == 6
+    for name, value in task.state_dict().items():
+        assert torch.equal(value, saved[name])
+    assert int(task.count) == 6
+
+
+def test_the_moving_average_is_the_recurrence(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    task = LineTask(ema_decay=0.4)
+    expected = task.layer.weight.detach().clone()
+    train(tmp_path, task)
+    for step, weights in enumerate(task.seen, start=1):
+        decay = min(0.4, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weights["layer.weight"]
+    torch.testing.assert_close(averaged_weights(tmp_path)["layer.weight"], expected)
+
+
+def test_the_average_follows_a_jump_where_it_is_told_to() -> None:
+    task, average = LineTask(), MovingAverage(0.9)
+    average.average = {k: v.clone() for k, v in task.state_dict().items()}
+    with torch.no_grad():
+        task.layer.weight.fill_(5)
+        task.layer.bias.fill_(5)
+    average.restart(task, "layer.bias")
+    assert float(average.average["layer.bias"]) == 5
+    assert not (average.average["layer.weight"] == 5).any()
+
+
+def test_a_stopped_run_goes_on_to_what_an_uninterrupted_one_ends_with(tmp_path: Path) -> None:
+    """The task's batches are alike, so that nothing depends on what is drawn."""
+    torch.manual_seed(1)
+    start = {k: v.clone() for k, v in LineTask().state_dict().items()}
+
+    def fresh() -> LineTask:
+        task = LineTask()
+        task.load_state_dict(start)
+        return task
+
+    whole = train(tmp_path / "whole", fresh())
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", fresh(), callbacks=[At(3, interrupt)])
+    assert read_checkpoint(tmp_path / "parts")["global_step"] == 3
+    rest = train(tmp_path / "parts", resume=True)
+    assert len(rest.seen) == 3
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(rest.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_going_on_draws_other_random_numbers_than_the_beginning(tmp_path: Path) -> None:
+    first = LineTask()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, first, callbacks=[At(3, interrupt)])
+    assert not set(first.draws) & set(train(tmp_path, resume=True).draws)
+
+
+def test_ctrl_c_gives_the_interrupt_back_to_the_caller_afterwards(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, callbacks=[At(3, interrupt)])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_stops_at_once_and_keeps_what_was_saved_before(tmp_path: Path) -> None:
+    def twice() -> None:
+        interrupt()
+        interrupt()
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, callbacks=[At(3, twice)])
+    assert read_checkpoint(tmp_path)["global_step"] == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_that_fails_keeps_what_was_saved_before(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        train(tmp_path, callbacks=[At(5, fail)])
+    assert read_checkpoint(tmp_path)["global_step"] == 4
+    assert len(train(tmp_path, resume=True).seen) == 2
+
+
+def test_a_finished_run_has_nothing_left_to_do_and_can_be_made_longer(tmp_path: Path) -> None:
+    done = train(tmp_path)
+    again = train(tmp_path, resume=True)
+    assert not again.seen
+    assert torch.equal(again.layer.weight, done.layer.weight)
+    assert len(train(tmp_path, LineTask(steps=8), resume=True).seen) == 2
+
+
+def test_the_metrics_of_a_run_that_goes_on_are_all_kept(shop: Workshop) -> None:
+    train_vae(shop.recipe("vae"), shop.root, shop.run("vae"), progress=False)
+    (shop.run("vae") / "metrics.csv").write_text("step\n1\n")
+    longer = shop.recipe("vae", fit__steps=6)
+    train_vae(longer, shop.root, shop.run("vae"), resume=True, progress=False)
+    assert (shop.run("vae") / "metrics-until-4.csv").read_text() == "step\n1\n"
+
+
+def test_a_folder_with_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    train(tmp_path)
+    with pytest.raises(FileExistsError, match=r"exists already; add --resume"):
+        train(tmp_path)
+
+
+def test_an_unknown_device_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="device is 'abacus'"):
+        train(tmp_path, device="abacus")
+
+
+# The run's folder, through the trainers.
+
+
+def test_a_run_records_its_recipe_and_loads_by_it(trained: Workshop) -> None:
+    recorded = recorded_recipe(trained.run("vae"))
+    assert recorded is not None
+    again = load_vae(recorded, trained.run("vae"))
+    first = load_vae(trained.recipe("vae"), trained.run("vae"))
+    for name, value in first.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value)
+    assert recorded_recipe(trained.root) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"latent_noise": 0.5}, "latent_noise 0.05, but the recipe now says 0.5"),
+        ({"fit__learning_rate": 1.0}, "fit.learning_rate 0.001"),
+        ({"data": "he-demo"}, "stain_jitter"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_recipe(
+    trained: Workshop, changes: dict[str, Any], words: str
+) -> None:
+    other = trained.recipe("vae", **changes)
+    if "data" in changes:
+        path = trained.root / "data-changed.yaml"
+        data = {**yaml.safe_load((trained.root / "data.yaml").read_text()), "stain_jitter": 0.5}
+        path.write_text(yaml.safe_dump(data))
+        other = trained.recipe("vae", data=path.name)
+    with pytest.raises(ValueError, match=words):
+        train_vae(other, trained.root, trained.run("vae"), resume=True, progress=False)
+
+
+def test_a_run_from_before_recipes_were_recorded_goes_on(trained: Workshop, tmp_path: Path) -> None:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    shutil.copy(trained.run("vae") / "last.ckpt", folder)
+    recipe = trained.recipe("vae", fit__steps=5)
+    train_vae(recipe, trained.root, folder, resume=True, progress=False)
+    assert read_checkpoint(folder)["global_step"] == 5
+    assert recorded_recipe(folder) is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"words"])
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "last.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"last\.ckpt is no whole checkpoint") as caught:
+        averaged_weights(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_something_else_is_one_sentence(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="is no whole checkpoint of a training run"):
+        averaged_weights(tmp_path)
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run that has saved something"):
+        averaged_weights(tmp_path)
+
+
+def test_weights_of_another_shape_name_the_recipe_as_what_is_wrong(trained: Workshop) -> None:
+    with pytest.raises(ValueError, match="not those of the recipe given") as caught:
+        load_vae(trained.recipe("vae", n_embed=32), trained.run("vae"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="do not fit the encoder") as caught:
+        load_encoder(trained.recipe("encoder", width=16), trained.run("encoder"))
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_written_where_the_images_are_wrong(shop: Workshop) -> None:
+    for train_one, kind in ((train_vae, "vae"), (train_encoder, "encoder")):
+        with pytest.raises(FileNotFoundError, match="no folder"):
+            train_one(shop.recipe(kind), shop.root / "nowhere", shop.run(kind), progress=False)
+        with pytest.raises(ValueError, match="no training image has room"):
+            train_one(
+                shop.recipe(kind, **{"crop_px" if kind == "vae" else "patch_px": 128}),
+                shop.root,
+                shop.run(kind),
+                progress=False,
+            )
+        assert not shop.run(kind).exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(shop: Workshop) -> None:
+    with pytest.raises(NotADirectoryError, match="is a file; name a folder"):
+        train_vae(shop.recipe("vae"), shop.root, shop.root / "vae.yaml", progress=False)
+
+
+def test_a_crop_that_does_not_divide_is_named(shop: Workshop) -> None:
+    with pytest.raises(ValueError, match="choose a multiple of 4"):
+        train_vae(shop.recipe("vae", crop_px=18), shop.root, shop.run("vae"), progress=False)
+
+
+def test_one_place_is_too_few_for_a_contrast(shop: Workshop) -> None:
+    recipe = shop.recipe("encoder", fit__batch_size=1)
+    with pytest.raises(ValueError, match="at least 2"):
+        train_encoder(recipe, shop.root, shop.run("encoder"), progress=False)

@@ -44,9 +44,7 @@ def main() -> None:
     for function in (ours, loop, fold):
         torch.testing.assert_close(function(), expected)
     times = alternate({"scatter_mean": ours, "published loop": loop, "fold": fold})
-    ratios = {
-        name: t["median_ms"] / times["scatter_mean"]["median_ms"] for name, t in times.items()
-    }
+    ratios = ratios_to(times, "scatter_mean")
     moved = windows.nbytes + expected.nbytes
     reached = moved / times["scatter_mean"]["median_ms"] / 1e6
     available = copy_bandwidth(windows)

@@ -23,7 +23,7 @@ def command() -> None:
     \b
     In this order, each in a folder of its own:
       ssldiff train vae --data IMAGES -o runs/vae
-      ssldiff train encoder --data IMAGES -o runs/encoder
+      ssldiff train encoder --data IMAGES -o runs/encoder --vae runs/vae
       ssldiff train ldm --data IMAGES -o runs/ldm --vae runs/vae --encoder runs/encoder
       ssldiff train export -o my-model --ldm runs/ldm --vae runs/vae --encoder runs/encoder
 
@@ -122,17 +122,32 @@ def train_vae(recipe: str, data: Path, output: Path, resume: bool, device: str) 
     with _training(output):
         train_vae(recipe, data, output, resume=resume, device=device)
     click.echo(f"{output}: trained.")
-    click.echo(f"next: ssldiff train encoder --data {data} -o RUN_FOLDER")
+    click.echo(f"next: ssldiff train encoder --data {data} -o RUN_FOLDER --vae {output}")
 
 
 @command.command(name="encoder")
 @_run_options("he-demo-encoder")
-def train_encoder(recipe: str, data: Path, output: Path, resume: bool, device: str) -> None:
+@click.option("--vae", type=_FOLDER, help="Folder of `train vae`, for recipes that need it.")
+@click.option(
+    "--vae-recipe", help="Recipe of the autoencoder [default: the one recorded in its folder]."
+)
+def train_encoder(
+    recipe: str,
+    data: Path,
+    output: Path,
+    resume: bool,
+    device: str,
+    vae: Path | None,
+    vae_recipe: str | None,
+) -> None:
     """Train an encoder by contrast; its embeddings condition the diffusion model."""
     from ssldiff_fast.training.encoder import train_encoder
 
+    parts: dict[str, Any] = {}
+    if vae is not None:
+        parts = {"vae_folder": vae, "vae_recipe": _recipe_of(vae, vae_recipe, "vae")}
     with _training(output):
-        train_encoder(recipe, data, output, resume=resume, device=device)
+        train_encoder(recipe, data, output, **parts, resume=resume, device=device)
     click.echo(f"{output}: trained.")
     click.echo(f"next: ssldiff train ldm --data {data} -o RUN_FOLDER --vae ... --encoder {output}")
 

@@ -62,7 +62,7 @@ class Encoder:
         weights: the network's state dict; None for random weights (controls and tests).
 
     Raises:
-        ValueError: the weights do not fit the network.
+        ValueError: the weights do not fit the network, or are not those whose hash the spec names.
     """
 
     def __init__(self, spec: EncoderSpec, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -72,10 +72,18 @@ class Encoder:
             try:
                 self.network.load_state_dict(found)
             except RuntimeError as error:
+                problem = str(error).splitlines()[1].strip()
                 raise ValueError(
-                    f"the weights do not fit the encoder '{spec.name}': {str(error).splitlines()[1]}"
+                    f"the weights do not fit the encoder '{spec.name}': {problem[:200]}"
                 ) from None
         digest = weights_hash(self.network.state_dict())
+        if spec.weights_hash not in (None, digest):
+            has = "other weights" if weights is not None else "no weights"
+            raise ValueError(
+                f"encoder '{spec.name}' names weights with the hash {spec.weights_hash}, but there "
+                f"are {has}; its embeddings would mean nothing to the model, so get the model "
+                "with its own encoder"
+            )
         self.spec = replace(spec, weights_hash=digest)
         self.network.eval().requires_grad_(False)
         self._mean = torch.tensor(spec.mean).view(3, 1, 1)

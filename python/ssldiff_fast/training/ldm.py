@@ -36,8 +36,12 @@ def build_model(recipe: LDMRecipe, vae: Autoencoder, encoder: Encoder) -> Latent
         ValueError: the recipe describes no U-Net, or one that does not fit the other parts.
     """
     _check_window(recipe, vae, encoder)
+    try:
+        unet = UNet(**recipe.unet)
+    except TypeError as error:
+        raise ValueError(f"recipe '{recipe.name}': {error}") from None
     model = LatentDiffusion(
-        UNet(**recipe.unet),
+        unet,
         vae,
         PatchConditioner(encoder.spec.width, recipe.unet["context_dim"]),
         schedule=Schedule.from_config(recipe.schedule),

@@ -55,15 +55,28 @@ def codes_from_latents(
     return codes
 
 
+def build_vae(recipe: VAERecipe) -> VQModel:
+    """The autoencoder of a recipe, untrained.
+
+    Raises:
+        ValueError: the recipe's `ddconfig` describes none.
+    """
+    try:
+        return VQModel(ddconfig=recipe.ddconfig, n_embed=recipe.n_embed, embed_dim=recipe.embed_dim)
+    except TypeError as error:
+        raise ValueError(
+            f"the recipe's ddconfig has an entry of the wrong kind ({error}); compare it with the "
+            "bundled he-demo-vae"
+        ) from None
+
+
 class VAETask(Task):
     """Reconstruction with L1 and gradient differences, then the VQ terms as well."""
 
     def __init__(self, recipe: VAERecipe) -> None:
         super().__init__(recipe.fit)
         self.recipe = recipe
-        self.model = VQModel(
-            ddconfig=recipe.ddconfig, n_embed=recipe.n_embed, embed_dim=recipe.embed_dim
-        )
+        self.model = build_vae(recipe)
         self._recent: list[Tensor] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -167,7 +180,7 @@ def load_vae(recipe_name: str | Path, folder: Path) -> VQModel:
         ValueError: the recipe is not that of the run, or the checkpoint is damaged.
     """
     recipe = read_recipe(recipe_name, VAERecipe)
-    model = VQModel(ddconfig=recipe.ddconfig, n_embed=recipe.n_embed, embed_dim=recipe.embed_dim)
+    model = build_vae(recipe)
     load_part(model, averaged_weights(folder), "model.", folder)
     return model.eval()
 

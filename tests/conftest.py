@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by all tests: helpers beside this file import from every folder, GPU tests run only
-where there is a GPU, and every test starts from the same seed."""
+"""Shared by all tests: GPU tests run only where there is a GPU, and every test starts from the
+same seed."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

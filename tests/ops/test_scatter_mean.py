@@ -115,7 +115,7 @@ def test_a_nan_reaches_only_the_pixels_of_its_window() -> None:
     hann=st.booleans(),
     constant=st.floats(-1e3, 1e3, width=32),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_constants_average_to_the_constant(
     window: tuple[int, int], extra: tuple[int, int], stride: int, hann: bool, constant: float
 ) -> None:
@@ -125,7 +125,9 @@ def test_constants_average_to_the_constant(
     ]
     lattice = Lattice(window, size, axes[0], axes[1], channels=1, hann=hann)
     out = scatter_mean(torch.full_like(lattice.windows(), constant), **lattice.plan())
-    torch.testing.assert_close(out, torch.full_like(out, constant), rtol=2e-6, atol=0)
+    # A pixel sums up to 81 windows, each sum rounded by up to 6e-8; and a constant near the smallest
+    # float loses digits in its product with a weight.
+    torch.testing.assert_close(out, torch.full_like(out, constant), rtol=1e-5, atol=1e-35)
 
 
 @pytest.mark.parametrize("name", ["odd-overlap", "disjoint", "width-one", "one-pixel"])

@@ -166,6 +166,18 @@ def test_a_finished_run_has_nothing_left_to_do_and_can_be_made_longer(tmp_path: 
     assert len(train(tmp_path, LineTask(steps=8), resume=True).seen) == 2
 
 
+def test_progress_counts_to_the_last_step_also_where_a_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(LineTask(), Numbers(), tmp_path, resume=False, callbacks=[At(3, interrupt)])
+    assert "| 3/6 " in capsys.readouterr().err
+    run(LineTask(), Numbers(), tmp_path, resume=True)
+    shown = capsys.readouterr().err
+    assert "| 3/6 " in shown
+    assert "| 6/6 " in shown
+
+
 def test_the_metrics_of_a_run_that_goes_on_are_all_kept(shop: Workshop) -> None:
     train_vae(shop.recipe("vae"), shop.root, shop.run("vae"), progress=False)
     (shop.run("vae") / "metrics.csv").write_text("step\n1\n")

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
 
 from ssldiff_fast.models.pretrained import parse_device
 from ssldiff_fast.training.folder import CHECKPOINT, averaged_weights, read_checkpoint
@@ -98,6 +99,28 @@ class MovingAverage(Callback):
         self.average = state_dict["average"]
 
 
+class Progress(Callback):
+    """Steps done and an estimate of what remains, also for a run that goes on: Lightning's own bar
+    counts from where such a run began, but to where it would end without that."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        self.steps, self.done = steps, done
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.bar = tqdm(total=self.steps, initial=self.done, desc="training", unit="step")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.bar.set_postfix(
+            {name: f"{float(v):.3g}" for name, v in trainer.progress_bar_metrics.items()},
+            refresh=False,
+        )
+        self.bar.update()
+
+    def teardown(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
 def run(
     task: Task,
     batches: IterableDataset[Any] | DataLoader[Any],
@@ -143,7 +166,8 @@ def run(
     _keep_metrics(folder, done)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
-        trainer = _trainer(fit, folder, device, progress, [average, *(callbacks or [])])
+        bar = [Progress(fit.steps, done)] if progress else []
+        trainer = _trainer(fit, folder, device, [average, *bar, *(callbacks or [])])
         loader = (
             batches
             if isinstance(batches, DataLoader)
@@ -158,9 +182,7 @@ def run(
     return average
 
 
-def _trainer(
-    fit: FitRecipe, folder: Path, device: str, progress: bool, callbacks: list[Callback]
-) -> L.Trainer:
+def _trainer(fit: FitRecipe, folder: Path, device: str, callbacks: list[Callback]) -> L.Trainer:
     target = parse_device(device, call="train")
     saver = ModelCheckpoint(
         dirpath=folder,
@@ -179,7 +201,7 @@ def _trainer(
         callbacks=[*callbacks, saver],
         logger=CSVLogger(folder, name="", version=""),
         log_every_n_steps=50,
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )

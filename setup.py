@@ -17,8 +17,13 @@ if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 from build_extension import extension_arguments  # noqa: E402
 
+# Folders of data and recipes count as packages too, or setuptools warns of each.
+packages = setuptools.find_namespace_packages(
+    "python", include=["ssldiff_fast", "ssldiff_fast.*"], exclude=["*__pycache__*"]
+)
+
 setuptools.setup(
-    packages=[*setuptools.find_packages("python"), "ssldiff_fast.kernels"],
+    packages=[*packages, "ssldiff_fast.kernels"],
     # kernels/ stands beside csrc/ in the repository and is a subpackage once installed.
     package_dir={"": "python", "ssldiff_fast.kernels": "kernels"},
     package_data={"ssldiff_fast": ["data/**/*", "py.typed", "**/*.yaml"]},

@@ -125,8 +125,8 @@ def test_constants_average_to_the_constant(
     ]
     lattice = Lattice(window, size, axes[0], axes[1], channels=1, hann=hann)
     out = scatter_mean(torch.full_like(lattice.windows(), constant), **lattice.plan())
-    # A pixel sums up to 81 windows, each sum rounded by up to 6e-8; and a constant near the smallest
-    # float loses digits in its product with a weight.
+    # A pixel sums up to 81 windows, each sum rounded by up to 6e-8; and a constant near the
+    # smallest float loses digits in its product with a weight.
     torch.testing.assert_close(out, torch.full_like(out, constant), rtol=1e-5, atol=1e-35)
 
 

@@ -26,6 +26,6 @@ setuptools.setup(
     packages=[*packages, "ssldiff_fast.kernels"],
     # kernels/ stands beside csrc/ in the repository and is a subpackage once installed.
     package_dir={"": "python", "ssldiff_fast.kernels": "kernels"},
-    package_data={"ssldiff_fast": ["data/**/*", "py.typed", "**/*.yaml"]},
+    package_data={"ssldiff_fast": ["data/**/*", "py.typed", "**/*.yaml", "**/*.md"]},
     **extension_arguments(),
 )

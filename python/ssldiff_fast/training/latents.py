@@ -22,7 +22,7 @@ from ssldiff_fast.slides.output import atomic_bytes
 from ssldiff_fast.training.data import PatchPool, to_float
 from ssldiff_fast.training.folder import CHECKPOINT
 
-_CHUNK = 64  # patches encoded at once
+_CHUNK = 16  # patches encoded at once
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,14 @@ def _encode_all(
     embeddings = np.lib.format.open_memmap(
         folder / "embeddings.npy", "w+", np.float16, (count, spec.tokens, spec.width)
     )
+    vae = vae.to(memory_format=torch.channels_last)
     rng = np.random.default_rng(seed)
     with tqdm(total=count, desc="latents", unit="patch", disable=not progress) as bar:
         for start in range(0, count, _CHUNK):
             stop = min(start + _CHUNK, count)
             patches = np.stack([pool.patch(rng, side) for _ in range(stop - start)])
-            x = to_float(patches).contiguous().to(next(vae.parameters()).device)
+            x = to_float(patches).to(next(vae.parameters()).device)
+            x = x.contiguous(memory_format=torch.channels_last)
             latents[start:stop] = vae.encode(x).cpu().numpy()
             embeddings[start:stop] = encoder(patches).numpy()
             bar.update(stop - start)

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import aim, save
 
+from report import aim, save
 from ssldiff_fast.canvas.decode import decode_image
 from ssldiff_fast.canvas.presets import get_preset
 from ssldiff_fast.demo import encode_again, run_demo
-from ssldiff_fast.evaluation.seam import seam_figure
+from ssldiff_fast.evaluation.seam import measure_seam
 from ssldiff_fast.evaluation.similarity import grid_similarity
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.models.load import load
@@ -59,6 +59,25 @@ def reference_pixels(slide: Path, grid: Grid) -> np.ndarray:  # [H, W, 3] uint8
         return source.read_region_at(*grid.region_px, out_size=size)
 
 
+def seam_figures(
+    image: np.ndarray,  # [H, W, 3] uint8
+    cell_px: int,
+) -> dict[str, float]:
+    """The seam figure at the borders of cells, with how far from 1 it may lie by chance.
+
+    `near` compares only with places of the same phase (of 8 pixels: the decoder's texture, and the
+    JPEG blocks of a real slide) at most 16 pixels away, and is three times less noisy.
+    """
+    plain, near = measure_seam(image, cell_px), measure_seam(image, cell_px, period=8, near=16)
+    figures = {
+        "figure": plain.figure,
+        "chance": plain.noise,
+        "near": near.figure,
+        "near_chance": near.noise,
+    }
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
 def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder:
         made = run_demo(
@@ -68,6 +87,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
             preset=arguments.preset,
             model=arguments.model,
             seed=arguments.seed,
+            codec="deflate",  # JPEG's blocks of 8 would count as seams
         )
         grid, result = Grid.open(made.grid), read_image(made.image)
         again = encode_again(made.image, load(arguments.model).encoder)
@@ -81,11 +101,12 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
     floor, similarity = made.floor.mean, made.similarity.mean
     share = (similarity - floor) / (ceiling.mean - floor)
     seams = {
-        name: seam_figure(image, grid.cell_px)
+        name: seam_figures(image, grid.cell_px)
         for name, image in {"result": result, "real": real, "autoencoder": decoded}.items()
     }
     mse = np.mean((decoded.astype(float) - real) ** 2)
     seconds = sum(made.seconds.values())
+    near = abs(seams["result"]["near"] - 1)
     figures = {
         "preset": arguments.preset,
         "model": arguments.model,
@@ -96,12 +117,13 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
         "similarity": grid_similarity(grid, again).summary(),
         "ceiling": ceiling.summary(),
         "floor": made.floor.summary(),
-        "seam": {name: round(value, 4) for name, value in seams.items()},
+        "seam": seams,
         "autoencoder_psnr": round(float(10 * np.log10(255**2 / mse)), 2),
     }
     aims = [
         aim("similarity, share of the way from floor to ceiling", share, 0.9, "at least"),
-        aim("seam, distance from 1", abs(seams["result"] - 1), 0.02, "at most"),
+        aim("seam, distance from 1", abs(seams["result"]["figure"] - 1), 0.02, "at most"),
+        aim("seam against what is near, distance from 1", near, 0.02, "at most"),
         aim("seconds of the demo", seconds, 120, "at most"),
     ]
     return figures, aims

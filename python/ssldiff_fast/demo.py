@@ -137,6 +137,7 @@ def run_demo(
     preset: str = "fast",
     seed: int = 0,
     device: str = "cpu",
+    codec: str = "jpeg",
     overwrite: bool = False,
     progress: bool = True,
 ) -> Demo:
@@ -148,7 +149,7 @@ def run_demo(
         region: (x, y, width, height) in level-0 pixels; by default the demo's own, or the
             square of 8 x 8 cells with the most tissue of another slide.
         mpp: of a slide that does not say it.
-        model, preset, seed, device: as for `sf.load` and `sf.synthesize`.
+        model, preset, seed, device, codec: as for `sf.load` and `sf.synthesize`.
         overwrite: replace earlier outputs.
         progress: show progress.
     """
@@ -178,7 +179,14 @@ def run_demo(
             progress=progress,
         )
     made = synthesize(
-        loaded, grid, paths[1], seed=seed, preset=preset, overwrite=overwrite, progress=progress
+        loaded,
+        grid,
+        paths[1],
+        seed=seed,
+        preset=preset,
+        codec=codec,
+        overwrite=overwrite,
+        progress=progress,
     )
     seconds.update(made.seconds)
     with _timed(seconds, "encode again"):

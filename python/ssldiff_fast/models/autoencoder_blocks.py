@@ -94,10 +94,17 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the encoder or decoder; the attribute names are those of checkpoints."""
+    """One resolution of the encoder or decoder, and the way to the next.
+
+    The attribute names are those of checkpoints; a level has at most one of the two resamplings.
+    """
+
+    downsample: Downsample | None
+    upsample: Upsample | None
 
     def __init__(self, in_channels: int, channels: int, blocks: int, attend: bool, drop: float):
         super().__init__()
+        self.downsample = self.upsample = None
         self.block = nn.ModuleList()
         self.attn = nn.ModuleList()
         for _ in range(blocks):
@@ -109,12 +116,14 @@ class Level(nn.Module):
     def forward(
         self,
         h: Tensor,  # [B, in_channels, H, W]
-    ) -> Tensor:  # [B, channels, H, W]
+    ) -> Tensor:  # [B, channels, H, W], half or twice that after resampling
         for i, block in enumerate(self.block):
             h = block(h)
             if len(self.attn):
                 h = self.attn[i](h)
-        return h
+        if self.downsample is not None:
+            h = self.downsample(h)
+        return h if self.upsample is None else self.upsample(h)
 
 
 class Middle(nn.Module):
@@ -171,8 +180,6 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
@@ -214,6 +221,4 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -68,6 +70,17 @@ def test_a_guided_pair_is_two_evaluations_of_the_network(model: LatentDiffusion)
         alone = denoiser(x, 981.0, denoiser.prepare(embeddings, None), index)
     assert alone.shape == (1, 2, 3, 32, 32)
     torch.testing.assert_close(alone[0], pair[0])
+
+
+def test_the_direction_of_an_embedding_is_found_before_precision_is_lost(
+    model: LatentDiffusion,
+) -> None:
+    half = copy.deepcopy(model)
+    half.unet.to(torch.bfloat16)
+    half.conditioner.to(torch.bfloat16)
+    embeddings = 1e5 * golden_input("some embeddings", 5, 1, 48)  # beyond float16 as well
+    state = LDMDenoiser(half).prepare(embeddings, None)
+    assert torch.equal(state.cond, half.conditioner(embeddings))
 
 
 def test_the_denoiser_describes_its_model(model: LatentDiffusion) -> None:

@@ -194,6 +194,21 @@ def test_a_model_carries_its_encoder(tmp_path: Path) -> None:
     assert tokens.shape == (2, 1, 16)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_an_encoder_is_recognised_in_whatever_precision_it_was_saved(
+    tmp_path: Path, dtype: str
+) -> None:
+    from tiny_models import tiny_grid, tiny_model
+
+    model = tiny_model()
+    grid = tiny_grid(model)
+    again = load(model.save_pretrained(tmp_path / "model", dtype=dtype))
+    assert again.encoder.spec.weights_hash == model.encoder_spec.weights_hash
+    grid.check_for(again.encoder.spec)  # of a grid made before the model was saved
+    twice = load(again.save_pretrained(tmp_path / "again", dtype=dtype))
+    assert twice.encoder.spec == again.encoder.spec
+
+
 # Published runs.
 
 

@@ -55,12 +55,10 @@ class LDMDenoiser:
         uncond: Tensor | None,  # [1, T, D] fp32
     ) -> LDMState:
         """Conditioning tokens of all windows, and the null token once."""
-        parameter = next(self.conditioner.parameters())
-        tokens = self.conditioner(cond.to(parameter.device, parameter.dtype))
-        if uncond is None:
-            return LDMState(tokens, None)
-        null = self.conditioner(uncond.to(parameter.device, parameter.dtype))
-        return LDMState(tokens, null)
+        # In float32 whatever the network's precision: the conditioner normalises before it casts.
+        device = next(self.conditioner.parameters()).device
+        tokens = self.conditioner(cond.to(device))
+        return LDMState(tokens, None if uncond is None else self.conditioner(uncond.to(device)))
 
     def __call__(
         self,

@@ -8,13 +8,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.models.ldm import ENCODER_PREFIX, FORMAT, LatentDiffusion
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -27,6 +26,9 @@ DTYPES = {
 }
 # Codes lie closer together than half precision resolves, and are few.
 _ALWAYS_FULL = ("first_stage_model.quantize.embedding.weight",)
+# An encoder's hash is taken over its weights in float16 (`encoders.encoder.weights_hash`), which
+# bfloat16, having fewer digits, would change: the model would refuse its own encoder.
+_NEVER_BFLOAT16 = ENCODER_PREFIX
 
 
 def parse_dtype(dtype: torch.dtype | str, *, call: str) -> torch.dtype:
@@ -72,8 +74,6 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is no JSON, or not ours.
     """
-    from ssldiff_fast.models.ldm import FORMAT
-
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -150,7 +150,8 @@ def _umask() -> int:
 def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, value in state.items():
-        if not value.is_floating_point() or name in _ALWAYS_FULL:
+        coarser = dtype is torch.bfloat16 and name.startswith(_NEVER_BFLOAT16)
+        if not value.is_floating_point() or name in _ALWAYS_FULL or coarser:
             result[name] = value
             continue
         result[name] = value.to(dtype)

@@ -4,7 +4,7 @@
 | variable | default | what |
 |---|---|---|
 | `SSLDIFF_CACHE` | `~/.cache/ssldiff_fast` | folder for files fetched once (the demo slide) |
-| `NO_COLOR` | unset | if set and not empty, the command line prints without colour |
+| `XDG_CACHE_HOME` | `~/.cache` | holds that folder where `SSLDIFF_CACHE` is not set |
 
 The build reads `SSLDIFF_CUDA`, `SSLDIFF_CUDA_ARCHS` and `CUDA_HOME` in setup.py, before the
 package exists. The number of threads is PyTorch's (`OMP_NUM_THREADS`, `torch.set_num_threads`).
@@ -23,8 +23,3 @@ def cache_dir() -> Path:
         return Path(value).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "ssldiff_fast"
-
-
-def colour() -> bool:
-    """Whether the command line may colour its output (https://no-color.org)."""
-    return not os.environ.get("NO_COLOR")

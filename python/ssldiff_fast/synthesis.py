@@ -25,9 +25,13 @@ from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.noise import canvas_noise
 from ssldiff_fast.canvas.presets import Preset, get_preset
 from ssldiff_fast.canvas.sampler import StepCallback, sample
+from ssldiff_fast.canvas.windows import window_strides
+from ssldiff_fast.encoders.spec import EncoderSpec
+from ssldiff_fast.models.conditioner import PatchRegionConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.slides.grid import Grid
-from ssldiff_fast.slides.writers import open_writer
+from ssldiff_fast.slides.output import check_output
+from ssldiff_fast.slides.writers import check_suffix, open_writer
 
 # Tiles decoded at once on a CPU: 24 a second and core of the bundled model, against 16 at 16, whose
 # feature maps leave the caches and are mapped anew by the allocator for every layer.
@@ -42,6 +46,7 @@ class Synthesis:
     Attributes:
         path: the file.
         size_px: (width, height).
+        mpp: micrometres per pixel.
         seconds: of the stages "denoise" and "decode and write".
         recipe: everything besides the seed that decides the bytes.
         seed: the seed.
@@ -49,6 +54,7 @@ class Synthesis:
 
     path: Path
     size_px: tuple[int, int]
+    mpp: float
     seconds: Mapping[str, float]
     recipe: Mapping[str, Any]
     seed: int
@@ -105,10 +111,12 @@ def synthesize(
     """
     chosen = _settle(preset, steps=steps, guidance_scale=guidance_scale, eta=eta)
     check_positive("batch_size", batch_size, call="synthesize")
-    loaded = _loaded(model, device, dtype)
+    # What is quickly known comes before the model, whose weights may take seconds to read.
+    check_suffix(out)
+    check_output(out, overwrite=overwrite)
     cells = grid if isinstance(grid, Grid) else Grid.open(grid)
-    if loaded.encoder_spec is not None:
-        cells.check_for(loaded.encoder_spec)
+    loaded = _loaded(model, device, dtype)
+    cells.check_for(_wanted(loaded, cells))
     plan = _Plan.make(loaded, cells, chosen, seed, stride, decode_stride, batch_size)
     recipe = plan.recipe()
     metadata = {"synthetic": True, "seed": seed, "recipe": recipe, "recipe_hash": _hash(recipe)}
@@ -117,7 +125,7 @@ def synthesize(
         out,
         width,
         height,
-        cells.mpp,
+        plan.mpp,
         codec=codec,
         quality=quality,
         metadata=metadata,
@@ -129,7 +137,7 @@ def synthesize(
         for band in plan.decode(canvas, progress):
             writer.write_rows(band)
     seconds = {"denoise": denoised - start, "decode and write": time.perf_counter() - denoised}
-    return Synthesis(Path(out), plan.size_px, seconds, recipe, seed)
+    return Synthesis(Path(out), plan.size_px, plan.mpp, seconds, recipe, seed)
 
 
 def _settle(preset: str | Preset, **changes: Any) -> Preset:
@@ -159,6 +167,16 @@ def _loaded(
     return load(str(model), device=device or "cpu", dtype=dtype or "float32")
 
 
+def _wanted(model: LatentDiffusion, grid: Grid) -> EncoderSpec | dict[str, int]:
+    """What a grid for the model must be; published models do not name their encoder."""
+    conditioner = model.conditioner
+    if model.encoder_spec is not None or conditioner is None:  # LDMDenoiser refuses the latter
+        return model.encoder_spec or {"tokens": grid.tokens, "width": grid.width}
+    if grid.tokens == 1 and isinstance(conditioner, PatchRegionConditioner):
+        return {"tokens": 1, "width": conditioner.patch_width}  # patches without their regions
+    return {"tokens": conditioner.tokens, "width": conditioner.width}
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A run, checked and ready."""
@@ -182,38 +200,43 @@ class _Plan:
         decode_stride: int | None,
         batch_size: int,
     ) -> _Plan:
-        h, w = model.window
+        window = model.window
+        size = (grid.shape[0] * window[0], grid.shape[1] * window[1])
+        windows = preset.windows(*size, window, seed=seed, steps=preset.steps, stride=stride)
+        tiles = preset.decode_stride(window)
+        if decode_stride is not None:
+            tiles = window_strides(decode_stride, window, name="decode_stride")
+        window_denoiser = LDMDenoiser(model)
         embeddings, valid = background_filled(model, grid)
-        field = GridField(embeddings, model.window, preset.interpolation, valid=valid)
-        rows, columns = grid.shape
-        windows = preset.windows(
-            rows * h, columns * w, model.window, seed=seed, steps=preset.steps, stride=stride
-        )
         denoiser = CanvasDenoiser(
-            LDMDenoiser(model),
+            window_denoiser,
             windows,
-            field,
+            GridField(embeddings, window, preset.interpolation, valid=valid),
             guidance_scale=preset.guidance_scale,
             batch_size=batch_size,
         )
-        tiles = preset.decode_stride(model.window)
-        if decode_stride is not None:
-            check_positive("decode_stride", decode_stride, call="synthesize")
-            tiles = (decode_stride, decode_stride)
         return cls(model, grid, preset, denoiser, tiles, batch_size, stride)
+
+    @property
+    def _factor(self) -> int:
+        return self.model.downsample_factor
 
     @property
     def size_px(self) -> tuple[int, int]:
         """(width, height) of the image."""
         height, width = self.canvas_denoiser.size
-        factor = self.model.downsample_factor
-        return width * factor, height * factor
+        return width * self._factor, height * self._factor
 
     @property
     def tiles(self) -> int:
         """Tiles of one call of the decoder, at most."""
         on_cpu = next(self.model.vae.parameters()).device.type == "cpu"
         return min(self.batch_size, _CPU_TILES) if on_cpu else self.batch_size
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres per pixel of the image: a cell of the grid becomes one window of it."""
+        return self.grid.mpp * self.grid.cell_px / (self.model.window[1] * self._factor)
 
     def recipe(self) -> dict[str, Any]:
         """Everything besides the seed that decides the bytes."""

@@ -109,7 +109,7 @@ class WindowPlan:
     ) -> WindowPlan:
         """Windows every `stride` latents, the last of each axis flush with the border."""
         _check_canvas(height, width, window)
-        stride_y, stride_x = _strides(stride, window)
+        stride_y, stride_x = window_strides(stride, window)
         return cls._of(
             height,
             width,
@@ -137,7 +137,7 @@ class WindowPlan:
         neighbours overlap a little.
         """
         _check_canvas(height, width, window)
-        stride_y, stride_x = _strides(window if stride is None else stride, window)
+        stride_y, stride_x = window_strides(window if stride is None else stride, window)
         return cls._of(
             height,
             width,
@@ -210,7 +210,7 @@ class ShiftedWindows:
         _check_canvas(height, width, window)
         check_choice("weights", weights, WEIGHTS, call="ShiftedWindows")
         self.height, self.width, self.window, self.weights = height, width, window, weights
-        self._stride = _strides(window if stride is None else stride, window)
+        self._stride = window_strides(window if stride is None else stride, window)
         self._overlap_from = overlap_from
         zero = np.zeros(1, dtype=np.uint64)
         words = philox4x32((zero + np.uint64(OFFSET_CHANNEL), zero, zero, zero), seed_key(seed))
@@ -241,15 +241,23 @@ class ShiftedWindows:
         )
 
 
-def _strides(stride: int | tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
-    stride_y, stride_x = (stride, stride) if isinstance(stride, int) else stride
-    for value, size in ((stride_y, window[0]), (stride_x, window[1])):
+def window_strides(
+    stride: int | tuple[int, int], window: tuple[int, int], *, name: str = "stride"
+) -> tuple[int, int]:
+    """The stride (y, x) as whole latents, or an error that calls it `name`."""
+    pair = stride if isinstance(stride, tuple) else (stride, stride)
+    for value, size in zip(pair, window):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(
+                f"WindowPlan: {name} is {stride!r}, but it must be a whole number of latents, or a "
+                "pair (y, x) of them."
+            )
         if not 1 <= value <= size:
             raise ValueError(
-                f"WindowPlan: stride is {value}, but it must be from 1 to the window's {size} "
+                f"WindowPlan: {name} is {value}, but it must be from 1 to the window's {size} "
                 "latents, so that every canvas pixel is covered."
             )
-    return stride_y, stride_x
+    return int(pair[0]), int(pair[1])
 
 
 def _check_canvas(height: int, width: int, window: tuple[int, int]) -> None:

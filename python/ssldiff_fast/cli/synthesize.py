@@ -52,15 +52,11 @@ def command(
 ) -> None:
     """Synthesize the image that GRID (made by `ssldiff encode`) describes."""
     import ssldiff_fast as sf
-    from ssldiff_fast.slides.grid import Grid
-    from ssldiff_fast.slides.output import check_output
 
-    out = check_output(out or Path(f"{grid.stem}.tif"), overwrite=overwrite)
-    cells = Grid.open(grid)
     done = sf.synthesize(
-        sf.load(model, device=device, dtype=dtype),
-        cells,
-        out,
+        model,
+        grid,
+        out or f"{grid.stem}.tif",
         seed=seed,
         preset=preset,
         steps=steps,
@@ -71,8 +67,10 @@ def command(
         batch_size=batch_size,
         codec=codec,
         quality=quality,
+        device=device,
+        dtype=dtype,
         overwrite=overwrite,
     )
     width, height = done.size_px
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in done.seconds.items())
-    click.echo(f"{done.path}: {width} x {height} px at {cells.mpp:g} um ({spent})")
+    click.echo(f"{done.path}: {width} x {height} px at {done.mpp:g} um ({spent})")

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# A grid and a model agree on mpp within this factor; scales are augmented wider in training.
-MPP_TOLERANCE = 1.1
+# A grid and a model agree on scale within this factor; scales are augmented wider in training.
+SCALE_TOLERANCE = 1.1
 
 
 def spec_dict(spec: Any) -> dict[str, Any]:
@@ -135,25 +135,23 @@ class Grid:
         """Checks that a model conditioned on an encoder can be given this grid.
 
         Args:
-            spec: the model's encoder specification, or any object with its attributes.
+            spec: the model's encoder specification, any object with its attributes, or a mapping
+                of what is known of it: `tokens` and `width` at least.
             min_cells: (rows, columns) that one window spans.
 
         Raises:
-            ValueError: another encoder, width, tokens or mpp; too few cells; NaN; no valid cell.
+            ValueError: another encoder, width, tokens or scale; too few cells; NaN; no valid cell.
         """
         want = spec_dict(spec)
         self._check_encoder(want)
         if (self.tokens, self.width) != (want["tokens"], want["width"]):
+            right = want.get("name", "the encoder that the model was trained with")
             raise ValueError(
                 f"the grid holds {self.tokens} token(s) of width {self.width} and the model takes "
-                f"{want['tokens']} of width {want['width']}: encode the slide with {want['name']}"
+                f"{want['tokens']} of width {want['width']}: encode the slide with {right}"
             )
-        factor = self.mpp / want["mpp"]
-        if not 1 / MPP_TOLERANCE <= factor <= MPP_TOLERANCE:
-            raise ValueError(
-                f"the grid was made at {self.mpp:g} um per pixel and the model works at "
-                f"{want['mpp']:g}: encode the slide at the model's mpp"
-            )
+        if "mpp" in want:
+            self._check_scale(want["mpp"], want["patch_px"])
         if self.shape[0] < min_cells[0] or self.shape[1] < min_cells[1]:
             raise ValueError(
                 f"the grid has {self.shape[0]} x {self.shape[1]} cells, fewer than one window "
@@ -169,9 +167,22 @@ class Grid:
                 f"at row {row}, column {col}: encode the slide again"
             )
 
+    def _check_scale(self, mpp: float, patch_px: int) -> None:
+        if not 1 / SCALE_TOLERANCE <= self.mpp / mpp <= SCALE_TOLERANCE:
+            raise ValueError(
+                f"the grid was made at {self.mpp:g} um per pixel and the model works at {mpp:g}: "
+                "encode the slide at the model's mpp"
+            )
+        mine, wanted = self.mpp * self.cell_px, mpp * patch_px
+        if not 1 / SCALE_TOLERANCE <= mine / wanted <= SCALE_TOLERANCE:
+            raise ValueError(
+                f"the grid's cells are {self.cell_px} px ({mine:g} um) wide and the model's windows "
+                f"{patch_px} px ({wanted:g} um): encode the slide in cells of that size"
+            )
+
     def _check_encoder(self, want: Mapping[str, Any]) -> None:
-        name, known = self.encoder.get("name"), want["name"]
-        if name is not None and name != known:
+        name, known = self.encoder.get("name"), want.get("name")
+        if name is not None and known is not None and name != known:
             raise ValueError(
                 f"the grid was made by the encoder {name} and the model is conditioned on {known}: "
                 f"encode the slide with {known}"

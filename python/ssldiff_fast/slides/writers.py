@@ -11,6 +11,7 @@ from typing import Any
 from .png import PngWriter
 from .pyramid import PyramidWriter
 
+_SUFFIXES = (".tif", ".tiff", ".png")
 _WRITTEN = ".tif or .tiff (tiled pyramidal BigTIFF), .png"
 # Named separately because ".ome.tif" would pass as ".tif", and OME readers would find no OME-XML.
 _OME = (".ome.tif", ".ome.tiff", ".ome.tf2", ".ome.btf")
@@ -45,11 +46,7 @@ def open_writer(
         ValueError: an unsupported suffix, size, mpp or codec.
         OSError: an output that exists or cannot be written, or too little space.
     """
-    path = Path(path)
-    name, suffix = path.name.lower(), path.suffix.lower()
-    if name.endswith(_OME):
-        raise ValueError(f"OME-TIFF ({path.name}) is not written: use one of {_WRITTEN}")
-    if suffix in (".tif", ".tiff"):
+    if check_suffix(path) != ".png":
         return PyramidWriter(
             path,
             width,
@@ -60,6 +57,15 @@ def open_writer(
             metadata=metadata,
             overwrite=overwrite,
         )
-    if suffix == ".png":
-        return PngWriter(path, width, height, mpp, metadata=metadata, overwrite=overwrite)
-    raise ValueError(f"the suffix of the output {path.name!r} must be one of {_WRITTEN}")
+    return PngWriter(path, width, height, mpp, metadata=metadata, overwrite=overwrite)
+
+
+def check_suffix(path: str | os.PathLike[str]) -> str:
+    """The suffix of an output, in lower case, or an error when no writer has it."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if path.name.lower().endswith(_OME):
+        raise ValueError(f"OME-TIFF ({path.name}) is not written: use one of {_WRITTEN}")
+    if suffix not in _SUFFIXES:
+        raise ValueError(f"the suffix of the output {path.name!r} must be one of {_WRITTEN}")
+    return suffix

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from small_models import (
     assert_same_weights,
     full_state,
@@ -21,7 +22,6 @@ from small_models import (
     small_model,
     stub_class,
 )
-
 from ssldiff_fast.models.checkpoint import load_weights, read_weights
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
 from small_models import (
     CONFIG,
     RUN,
@@ -21,7 +22,6 @@ from small_models import (
     small_model,
     write_run,
 )
-
 from ssldiff_fast.models import LatentDiffusion
 from ssldiff_fast.models.ldm import file_hash
 from ssldiff_fast.models.load import load

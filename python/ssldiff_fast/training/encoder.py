@@ -110,7 +110,7 @@ class EncoderTask(Task):
         vae, count = self._vae[0], round(self.recipe.autoencoder_share * len(x))
         if vae is None or not count:
             return x
-        vae.to(x.device, memory_format=torch.channels_last)
+        vae.to(x.device).to(memory_format=torch.channels_last)
         passed = x[:count].contiguous(memory_format=torch.channels_last)
         decoded = vae.decode(vae.encode(passed)).float().clamp(-1, 1)
         return torch.cat([decoded, x[count:]])

@@ -200,9 +200,10 @@ def test_a_grid_that_fits_the_model_passes() -> None:
         ({}, FakeSpec(width=8), "of width 6 and the model takes 1 of width 8"),
         ({}, FakeSpec(tokens=2), r"1 token\(s\) of width 6 and the model takes 2"),
         ({"mpp": 0.25}, FakeSpec(), "made at 0.25 um per pixel and the model works at 0.5"),
+        ({"cell_px": 128}, FakeSpec(), r"cells are 128 px \(64 um\) wide and the model takes 64"),
         ({"valid": torch.zeros(3, 4, dtype=torch.bool)}, FakeSpec(), "no valid cell"),
     ],
-    ids=["encoder", "weights", "width", "tokens", "mpp", "empty"],
+    ids=["encoder", "weights", "width", "tokens", "mpp", "cell", "empty"],
 )
 def test_a_grid_of_another_model_is_refused(
     changes: dict[str, object], spec: FakeSpec, message: str

@@ -176,7 +176,7 @@ class Grid:
         mine, wanted = self.mpp * self.cell_px, mpp * patch_px
         if not 1 / SCALE_TOLERANCE <= mine / wanted <= SCALE_TOLERANCE:
             raise ValueError(
-                f"the grid's cells are {self.cell_px} px ({mine:g} um) wide and the model's windows "
+                f"the grid's cells are {self.cell_px} px ({mine:g} um) wide and the model takes "
                 f"{patch_px} px ({wanted:g} um): encode the slide in cells of that size"
             )
 

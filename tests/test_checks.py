@@ -56,3 +56,11 @@ def test_a_size_must_be_above_zero(bad: float) -> None:
 def test_an_unknown_choice_lists_the_known() -> None:
     with pytest.raises(ValueError, match="x is 'c', but it must be one of a, b"):
         _checks.check_choice("x", "c", ["b", "a"], call="f")
+
+
+@pytest.mark.parametrize("bad", [2.0, "3", True, None])
+def test_a_count_is_a_whole_number(bad: object) -> None:
+    with pytest.raises(TypeError, match="x is .*, but it must be a whole number"):
+        _checks.check_count("x", bad, call="f")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x is 0, but it must be above zero"):
+        _checks.check_count("x", 0, call="f")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable
 
 import torch
@@ -96,6 +97,13 @@ def check_positive(name: str, value: int | float, *, call: str) -> None:
     """Raise ValueError unless `value` is above zero."""
     if not value > 0:
         raise ValueError(f"{call}: {name} is {value}, but it must be above zero.")
+
+
+def check_count(name: str, value: int, *, call: str) -> None:
+    """Raise unless `value` is a whole number above zero."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{call}: {name} is {value!r}, but it must be a whole number.")
+    check_positive(name, int(value), call=call)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str], *, call: str) -> None:

@@ -18,8 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from ssldiff_fast import settings
+from ssldiff_fast._checks import check_choice
+from ssldiff_fast.canvas.noise import seed_key
+from ssldiff_fast.canvas.presets import get_preset
+from ssldiff_fast.encoders import Encoder, EncoderSpec
 from ssldiff_fast.evaluation.similarity import Similarity, grid_similarity
 from ssldiff_fast.models.load import load
+from ssldiff_fast.models.pretrained import parse_device
 from ssldiff_fast.slides.encode import encode
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.mask import cell_fractions, slide_mask
@@ -27,6 +32,7 @@ from ssldiff_fast.slides.output import check_output
 from ssldiff_fast.slides.preview import write_preview
 from ssldiff_fast.slides.reader import open_slide
 from ssldiff_fast.slides.slide import Slide
+from ssldiff_fast.slides.tiff_directory import COMPRESSION
 from ssldiff_fast.synthesis import synthesize
 
 # CMU-1-Small-Region.svs (OpenSlide's test data, CC0 1.0) travels inside this wheel.
@@ -127,6 +133,11 @@ def best_region(slide: Slide, cell_px: int, cells: int) -> tuple[int, int, int, 
     return int(x) * cell_px, int(y) * cell_px, side_x * cell_px, side_y * cell_px
 
 
+def _best_region_for(spec: EncoderSpec, slide: Slide) -> tuple[int, int, int, int]:
+    cell_px = max(1, round(spec.patch_px * spec.mpp / slide.mpp))
+    return best_region(slide, cell_px, CELLS)
+
+
 def run_demo(
     folder: str | os.PathLike[str],
     *,
@@ -152,7 +163,15 @@ def run_demo(
         model, preset, seed, device, codec: as for `sf.load` and `sf.synthesize`.
         overwrite: replace earlier outputs.
         progress: show progress.
+
+    Raises:
+        ValueError, OSError, RuntimeError: as `sf.load`, `sf.encode` and `sf.synthesize` do, and all
+            that can be known of it before anything is fetched or encoded.
     """
+    get_preset(preset)
+    seed_key(seed)
+    check_choice("codec", codec, COMPRESSION, call="run_demo")
+    parse_device(device, call="run_demo")
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / name for name in ("grid.h5", "synthetic.tif", "preview.png")]
@@ -166,14 +185,12 @@ def run_demo(
         encoder = loaded.encoder
     with _timed(seconds, "encode"):
         if region is None:
-            cell = max(1, round(encoder.spec.patch_px * encoder.spec.mpp / source.mpp))
-            region = REGION if slide is None else best_region(source, cell, CELLS)
-        # Glass inside the region is encoded as well: the model knows what it looks like.
+            region = REGION if slide is None else _best_region_for(encoder.spec, source)
         grid = encode(
             source,
             encoder,
             region=region,
-            mask=False,
+            mask=False,  # glass is encoded as well: the model knows what it looks like
             out=paths[0],
             overwrite=overwrite,
             progress=progress,
@@ -206,7 +223,7 @@ def run_demo(
     )
 
 
-def encode_again(image: Path, encoder: object) -> Grid:
+def encode_again(image: Path, encoder: Encoder) -> Grid:
     """The grid of a synthetic image, every cell."""
     return encode(image, encoder, mask=False, progress=False)
 

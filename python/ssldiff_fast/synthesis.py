@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssldiff_fast._checks import check_positive
+from ssldiff_fast._checks import check_count
 from ssldiff_fast.canvas.decode import decode_overlapped
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser
 from ssldiff_fast.canvas.field import GridField
@@ -110,7 +110,7 @@ def synthesize(
         RuntimeError: NaN or infinity appeared; the message names step and window.
     """
     chosen = _settle(preset, steps=steps, guidance_scale=guidance_scale, eta=eta)
-    check_positive("batch_size", batch_size, call="synthesize")
+    check_count("batch_size", batch_size, call="synthesize")
     # What is quickly known comes before the model, whose weights may take seconds to read.
     check_suffix(out)
     check_output(out, overwrite=overwrite)
@@ -145,7 +145,7 @@ def _settle(preset: str | Preset, **changes: Any) -> Preset:
     chosen = get_preset(preset) if isinstance(preset, str) else preset
     given = {name: value for name, value in changes.items() if value is not None}
     if "steps" in given:
-        check_positive("steps", given["steps"], call="synthesize")
+        check_count("steps", given["steps"], call="synthesize")
     scale = given.get("guidance_scale", chosen.guidance_scale)
     if not np.isfinite(scale):
         raise ValueError(f"synthesize: guidance_scale is {scale}, but it must be a finite number.")

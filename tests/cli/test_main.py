@@ -86,6 +86,7 @@ MESSAGES = {
     "full, unnamed": (OSError(errno.ENOSPC, "No space"), "no space is left for a file"),
     "folder": (IsADirectoryError(errno.EISDIR, "Is", "a"), "a is a folder, but a file"),
     "file": (NotADirectoryError(errno.ENOTDIR, "Not", "a"), "a has a file where a folder was"),
+    "memory": (MemoryError("unable to allocate 8 TiB"), "unable to allocate 8 TiB"),
     "other": (OSError(errno.EIO, "Input/output error", "a"), "a: Input/output error."),
     "package": (
         ModuleNotFoundError("No module", name="lightning"),

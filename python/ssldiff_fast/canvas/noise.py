@@ -50,6 +50,9 @@ def philox4x32(
 
 def seed_key(seed: int) -> tuple[int, int]:
     """The two key words of a seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise TypeError(f"seed is {seed!r}; expected an integer from 0 to 2^64 - 1.")
+    seed = int(seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}; expected an integer from 0 to 2^64 - 1.")
     return seed & 0xFFFFFFFF, seed >> 32

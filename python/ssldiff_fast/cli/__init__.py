@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as error:
         if "--traceback" in arguments:
             raise
         click.echo(f"ssldiff: {sentence(error)}", err=True)

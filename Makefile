@@ -26,7 +26,7 @@ help:
 	@echo "make clean   remove what was built, the environment included"
 
 demo: $(STAMPS)/build
-	$(BIN)/ssldiff demo
+	$(BIN)/ssldiff demo --overwrite
 
 test: $(STAMPS)/test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -77,7 +77,8 @@ def load(
         model = _load_own(path.parent / CONFIG, path, use_ema=use_ema)
     else:
         model = _load_run(Run(find_yaml(path), path), name=path.stem, use_ema=use_ema)
-    model.unet.to(precision)
+    # Channels-last convolutions are a tenth faster on CPUs, and what tensor cores want.
+    model.unet.to(dtype=precision, memory_format=torch.channels_last)
     if model.conditioner is not None:
         model.conditioner.to(precision)
     return model.to(target).eval()

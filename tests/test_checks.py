@@ -60,7 +60,7 @@ def test_an_unknown_choice_lists_the_known() -> None:
 
 @pytest.mark.parametrize("bad", [2.0, "3", True, None])
 def test_a_count_is_a_whole_number(bad: object) -> None:
-    with pytest.raises(TypeError, match="x is .*, but it must be a whole number"):
+    with pytest.raises(TypeError, match=r"x is .*, but it must be a whole number"):
         _checks.check_count("x", bad, call="f")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="x is 0, but it must be above zero"):
         _checks.check_count("x", 0, call="f")

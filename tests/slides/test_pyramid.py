@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +250,39 @@ def test_a_disk_that_fills_is_named_and_leaves_nothing(
 
     with pytest.raises(OSError, match=r"beyond row 0 \(No space left on device\)"):
         fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+FILL_THE_DISK = """
+import resource, signal, sys
+import numpy as np, torch
+from ssldiff_fast.slides import Grid, open_writer
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+name = sys.argv[1]
+try:
+    if name.endswith(".h5"):
+        Grid(torch.randn(20, 20, 1, 50), torch.ones(20, 20), mpp=0.5, cell_px=64).save(name)
+    else:
+        noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
+        with open_writer(name, 300, 300, 0.5) as writer:
+            writer.write_rows(noise)
+except OSError as error:
+    print(error, end="")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on the size of files")
+@pytest.mark.parametrize("name", ["a.tif", "a.png", "a.h5"])
+@pytest.mark.parametrize("limit", [10, 60_000], ids=["at once", "later"])
+def test_wherever_the_system_stops_writing_it_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, name: str, limit: int
+) -> None:
+    command = [sys.executable, "-c", FILL_THE_DISK, name, str(limit)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{name} could not be written")
+    assert "(File too large): make room on its disk" in done.stdout
+    assert "\n" not in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .grid import Grid, spec_dict
+from .grid_file import needed_bytes
 from .images import ImageSlide
 from .mask import cell_fractions, slide_mask
 from .output import check_output
@@ -89,6 +90,8 @@ def encode(
     try:
         layout = _layout(source, spec_dict(encoder.spec), mpp, region)
         layout.valid[:] = _valid_cells(source, layout, mask)
+        if out is not None:
+            check_output(out, overwrite=overwrite, needs=layout.needed_bytes)
         embeddings = _encode_cells(source, layout, encoder, batch_size, workers, progress)
         grid = layout.grid(source, embeddings)
     finally:
@@ -113,6 +116,11 @@ class _Layout:
         self.cell_px = int(spec["patch_px"])
         self.shape = (region[3] // cell, region[2] // cell)
         self.valid = np.ones(self.shape, bool)
+
+    @property
+    def needed_bytes(self) -> int:
+        """About the size of the grid's file."""
+        return needed_bytes(int(self.valid.sum()), self.spec["tokens"], self.spec["width"])
 
     def grid(self, slide: Slide, embeddings: Tensor) -> Grid:
         rows, cols = self.shape

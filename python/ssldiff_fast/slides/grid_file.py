@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from .grid import Grid
-from .output import atomic, check_output
+from .output import atomic, check_output, write_error
 
 GROUP = "ssldiff_fast"
 VERSION = 1
@@ -41,38 +41,53 @@ def feature_folder(grid: Grid) -> str:
     return f"{mag}x_{grid.cell_px}px_0px_overlap/features_{grid.encoder.get('name')}"
 
 
+def needed_bytes(cells: int, tokens: int, width: int) -> int:
+    """About the size of the file of a grid with that many valid cells."""
+    return 4 * cells * tokens * width
+
+
 def write_grid(grid: Grid, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """Writes a grid; see `Grid.save`."""
     import h5py
 
     count = int(grid.valid.sum())
-    path = check_output(path, overwrite=overwrite, needs=4 * count * grid.tokens * grid.width)
+    path = check_output(
+        path, overwrite=overwrite, needs=needed_bytes(count, grid.tokens, grid.width)
+    )
+    with atomic(path) as part:
+        try:
+            with h5py.File(part, "w") as file:
+                _write(file, grid, path)
+        except (OSError, RuntimeError) as error:  # the latter when HDF5 cannot close a file
+            raise write_error(path, error) from None
+    return path
+
+
+def _write(file: Any, grid: Grid, path: Path) -> None:
     rows, cols = np.nonzero(grid.valid.numpy())
     x, y, *_ = grid.region_px
     cell = grid.cell_level0_px
     features = grid.embeddings[grid.valid].numpy()  # [N, T, D]
-    with atomic(path) as part, h5py.File(part, "w") as file:
-        _set(file.create_dataset("features", data=features[:, 0]), _features_attributes(grid))
-        coords = np.stack([x + cols * cell, y + rows * cell], 1).astype(np.int64)
-        _set(file.create_dataset("coords", data=coords), _coords_attributes(grid, path))
-        ours = file.create_group(GROUP)
-        ours.create_dataset("valid", data=grid.valid.numpy(), compression="gzip")
-        if grid.tokens > 1:
-            ours.create_dataset("tokens", data=features[:, 1:])
-        _set(
-            ours,
-            {
-                "version": VERSION,
-                "shape": grid.embeddings.shape,
-                "mpp": grid.mpp,
-                "cell_px": grid.cell_px,
-                "cell_level0_px": cell,
-                "region_px": grid.region_px,
-                "encoder": json.dumps(dict(grid.encoder)),
-                "source": json.dumps(dict(grid.source)),
-            },
-        )
-    return path
+    _set(file.create_dataset("features", data=features[:, 0]), _features_attributes(grid))
+    coords = np.stack([x + cols * cell, y + rows * cell], 1).astype(np.int64)
+    _set(file.create_dataset("coords", data=coords), _coords_attributes(grid, path))
+    ours = file.create_group(GROUP)
+    ours.create_dataset("valid", data=grid.valid.numpy(), compression="gzip")
+    if grid.tokens > 1:
+        ours.create_dataset("tokens", data=features[:, 1:])
+    _set(
+        ours,
+        {
+            "version": VERSION,
+            "shape": grid.embeddings.shape,
+            "mpp": grid.mpp,
+            "cell_px": grid.cell_px,
+            "cell_level0_px": cell,
+            "region_px": grid.region_px,
+            "encoder": json.dumps(dict(grid.encoder)),
+            "source": json.dumps(dict(grid.source)),
+        },
+    )
 
 
 def _set(node: Any, attributes: dict[str, Any]) -> None:

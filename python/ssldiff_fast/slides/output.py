@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -88,6 +89,17 @@ def publish(part: Path, path: Path) -> None:
     os.replace(part, path)
 
 
+def write_error(path: Path, error: Exception, where: str = "") -> OSError:
+    """What is raised when writing fails, usually because the disk has filled up."""
+    # HDF5 wraps the system's words in several lines of its own.
+    inner = re.search(r"error message = '([^']*)'", str(error))
+    reason = inner[1] if inner else getattr(error, "strerror", None) or str(error)
+    return OSError(
+        f"{path} could not be written{where} ({reason}): make room on its disk, or choose another "
+        "folder"
+    )
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary name; on success it becomes `path`, on failure it is removed."""
@@ -95,6 +107,10 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield part
         publish(part, path)
+    except OSError as error:
+        if error.errno is None:  # it is a sentence already
+            raise
+        raise write_error(path, error) from None
     finally:
         part.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ mpp from the resolution in pixels per centimetre); Bio-Formats sees level 0.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from .output import atomic_bytes, check_output, part_path, publish
+from .output import atomic_bytes, check_output, part_path, publish, write_error
 from .slide import MPP_RANGE
 from .tiff_directory import COMPRESSION, HEADER_BYTES, TiledLevel, directory, file_header
 
@@ -208,10 +209,7 @@ class PyramidWriter:
             try:
                 file.write(data)
             except OSError as error:
-                raise OSError(
-                    f"{self.path} could not be written beyond row {level.done} "
-                    f"({error.strerror}): make room on its disk and run again"
-                ) from None
+                raise write_error(self.path, error, f" beyond row {level.done}") from None
             level.tiled.offsets.append(self._end)
             level.tiled.byte_counts.append(len(data))
             self._end += len(data)
@@ -240,7 +238,12 @@ class PyramidWriter:
                 raise RuntimeError(
                     f"{self.path} has {self.rows_written} of {self.height} rows: it is not written"
                 )
-            self._write_directories(self._file)
+            try:
+                self._write_directories(self._file)
+                self._file.flush()  # before the JSON appears, which would stay if this failed
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise write_error(self.path, error) from None
             self._file.close()
             atomic_bytes(sidecar(self.path), self._description.split("\n", 1)[1].encode())
             publish(self._part, self.path)
@@ -271,7 +274,9 @@ class PyramidWriter:
     def abort(self) -> None:
         """Removes what was written unless it is finished."""
         if self._file is not None:
-            self._file.close()
+            # On a full disk closing fails as well, at the bytes that are still in its buffer.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
             self._pool.shutdown(cancel_futures=True)
             self._part.unlink(missing_ok=True)

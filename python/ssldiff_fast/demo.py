@@ -28,7 +28,7 @@ from ssldiff_fast.models.pretrained import parse_device
 from ssldiff_fast.slides.encode import encode
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.mask import cell_fractions, slide_mask
-from ssldiff_fast.slides.output import check_output
+from ssldiff_fast.slides.output import check_output, make_folder
 from ssldiff_fast.slides.preview import write_preview
 from ssldiff_fast.slides.reader import open_slide
 from ssldiff_fast.slides.slide import Slide
@@ -172,8 +172,7 @@ def run_demo(
     seed_key(seed)
     check_choice("codec", codec, COMPRESSION, call="run_demo")
     parse_device(device, call="run_demo")
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(folder)
     paths = [out / name for name in ("grid.h5", "synthetic.tif", "preview.png")]
     for path in paths:
         check_output(path, overwrite=overwrite)

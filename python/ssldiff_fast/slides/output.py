@@ -55,6 +55,18 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False, needs
     return path
 
 
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """An output folder that is there already, or is made with its parents."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the output folder {folder} cannot be made ({error.strerror}): choose another folder"
+        ) from None
+    return folder
+
+
 def _check_writable(folder: Path) -> None:
     # os.access does not know read-only mounts of every kind, so a file is really made.
     try:

@@ -78,7 +78,7 @@ def load(
     else:
         model = _load_run(Run(find_yaml(path), path), name=path.stem, use_ema=use_ema)
     # Channels-last convolutions are a tenth faster on CPUs, and what tensor cores want.
-    model.unet.to(dtype=precision, memory_format=torch.channels_last)
+    model.unet.to(precision).to(memory_format=torch.channels_last)
     if model.conditioner is not None:
         model.conditioner.to(precision)
     return model.to(target).eval()

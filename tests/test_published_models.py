@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,27 @@ def test_a_run_folder_and_a_grid_make_a_slide(
     with openslide.OpenSlide(made.path) as slide:
         assert slide.dimensions == (3 * CELL_PX, 2 * CELL_PX)
         assert float(slide.properties[openslide.PROPERTY_NAME_MPP_X]) == pytest.approx(0.5)
+
+
+def test_the_recipe_tells_averaged_weights_and_configurations_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = full_state(small_model(), ema=True)
+    other = copy.deepcopy(RUN)
+    other["model"]["params"]["cond_stage_config"]["params"]["normalize_ssl"] = False
+    run = write_run(tmp_path / "run", lightning_checkpoint(monkeypatch, state))
+    twin = write_run(tmp_path / "twin", lightning_checkpoint(monkeypatch, state), run=other)
+    models = [sf.load(run), sf.load(run), sf.load(run, use_ema=False), sf.load(twin)]
+    for model in models:
+        model.name = "run"
+    hashes = [
+        sf.synthesize(
+            model, hand_made(), tmp_path / f"{number}.png", steps=1, progress=False
+        ).recipe["model"]
+        for number, model in enumerate(models)
+    ]
+    assert hashes[0] == hashes[1]
+    assert all(a != b for a, b in itertools.combinations(hashes[1:], 2))
 
 
 def test_a_cell_becomes_a_window_whatever_pixels_it_was_encoded_from(

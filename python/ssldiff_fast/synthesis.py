@@ -242,7 +242,11 @@ class _Plan:
         """Everything besides the seed that decides the bytes."""
         model = self.model
         return {
-            "model": {"name": model.name, "weights": model.weights_hash},
+            "model": {
+                "name": model.name,
+                "weights": model.weights_hash,
+                "config": _hash(model.to_config()),
+            },
             "grid": {
                 "hash": grid_hash(self.grid),
                 "shape": list(self.grid.shape),

@@ -173,12 +173,16 @@ class LatentDiffusion(nn.Module):
 
     @property
     def weights_hash(self) -> str:
-        """sha256 of the weights' file, or of what would be written for a model made in memory."""
+        """sha256 of the file that holds all weights; where there is no such file (a model made in
+        memory, or put together of a checkpoint's averages and another one's autoencoder), of names,
+        shapes and values."""
         if self.source is not None:
             return file_hash(self.source)
-        from safetensors.torch import save
-
-        return hashlib.sha256(save(self.published_state_dict())).hexdigest()
+        digest = hashlib.sha256()
+        for name, value in sorted(self.published_state_dict().items()):
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """All weights by their names in checkpoints, the encoder's included, on the CPU."""

@@ -113,7 +113,9 @@ def _load_own(config_path: Path, weights_path: Path, *, use_ema: bool) -> Latent
     weights = read_weights(weights_path)
     empty = _empty_model(config, config_path)
     found = split_parts(weights, model_parts(empty))
-    return _fill(empty, config, found, source=weights_path, use_ema=use_ema)
+    model = _fill(empty, config, found, source=weights_path, use_ema=use_ema)
+    model.source = weights_path
+    return model
 
 
 def _load_run(run: Run, *, name: str, use_ema: bool) -> LatentDiffusion:
@@ -151,7 +153,6 @@ def _fill(
     model = LatentDiffusion.from_config(config) if match.missing else empty.to_empty(device="cpu")
     copy_weights(found, model_parts(model))
     model.encoder_weights = found.weights.get("encoder", {})
-    model.source = source
     report(match, source=str(source))
     return model
 

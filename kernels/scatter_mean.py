@@ -11,7 +11,8 @@ from torch import Tensor
 BLOCK = 256  # pixels of one row of the canvas that one program gathers
 
 
-@triton.jit
+# Sizes that change from band to band must not compile the kernel again.
+@triton.jit(do_not_specialize=["height", "count_x", "blocks_x"])
 def scatter_mean_kernel(
     windows_ptr,  # [P * Q, C, h, w]
     canvas_ptr,  # [C, H, W], contiguous
@@ -77,8 +78,9 @@ def scatter_mean(
     if canvas.numel() == 0:
         return canvas
 
-    def upload(values: list[int] | list[float], kind: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=kind).to(windows.device, non_blocking=True)
+    def upload(values: Tensor) -> Tensor:
+        # Pageable memory has been read on return, so the host need not wait for the device.
+        return values.to(windows.device, non_blocking=True)
 
     blocks_x = triton.cdiv(width, BLOCK)
     rows = torch.arange(height)
@@ -89,19 +91,19 @@ def scatter_mean(
     scatter_mean_kernel[(channels * height * blocks_x,)](
         windows,
         canvas,
-        upload(origins_x, torch.int64),
-        first_y.to(windows.device),
-        last_y.to(windows.device),
-        upload(origins_y, torch.int64),
-        upload(weight_y, dtype),
-        upload(weight_x, dtype),
+        upload(torch.tensor(origins_x)),
+        upload(first_y),
+        upload(last_y),
+        upload(torch.tensor(origins_y)),
+        upload(torch.tensor(weight_y, dtype=dtype)),
+        upload(torch.tensor(weight_x, dtype=dtype)),
         height,
         width,
         window_width,
         len(origins_x),
         blocks_x,
-        first_q.to(windows.device),
-        last_q.to(windows.device),
+        upload(first_q),
+        upload(last_q),
         *windows.stride(),
         BLOCK=BLOCK,
     )

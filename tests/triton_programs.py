@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run by tests/ops/test_triton.py in processes of their own.
 
-`interpret` needs TRITON_INTERPRET=1 from the start; `compile` needs it unset. Prints one JSON
-object: the name of each case and what was found.
+`interpret` needs TRITON_INTERPRET=1 from the start; `compile` and `gpu` need it unset. Prints one
+JSON object: the name of each case and what was found.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ssldiff_fast.ops import scatter_mean_reference, vq_nearest_reference
 ARCHITECTURES = (80, 90, 100)
 
 
-def interpret() -> dict[str, str]:
-    """Every kernel against the reference; "" where they agree."""
+def run(device: str) -> dict[str, str]:
+    """Every kernel on a device against the reference on the CPU; "" where they agree."""
     found = {}
     plain = (torch.float32, torch.contiguous_format)
     halves = [(dtype, torch.channels_last) for dtype in (torch.bfloat16, torch.float16)]
@@ -32,12 +32,14 @@ def interpret() -> dict[str, str]:
         for dtype, layout in every if name == "odd-overlap" else [plain]:
             windows = lattice.windows(dtype).contiguous(memory_format=layout)
             plan = {k: list(v) if "_" in k else v for k, v in lattice.plan().items()}
-            out = scatter_mean_kernels.scatter_mean(windows, *plan.values())
+            out = scatter_mean_kernels.scatter_mean(windows.to(device), *plan.values()).cpu()
             expected = scatter_mean_reference(windows.double(), **plan)
             found[f"scatter_mean {name} {dtype} {layout}"] = _difference(out, expected)
     for m, k, d in ((1, 1, 1), (19, 7, 3), (64, 128, 3), (65, 257, 4), (0, 5, 3)):
         z, codes = ((torch.randn(n, d) * 8).round() / 8 for n in (m, k))
-        vectors, indices = vq_nearest_kernels.vq_nearest(z, codes)
+        vectors, indices = (
+            made.cpu() for made in vq_nearest_kernels.vq_nearest(z.to(device), codes.to(device))
+        )
         expected_vectors, expected_indices = vq_nearest_reference(z, codes)
         same = torch.equal(indices, expected_indices) and torch.equal(vectors, expected_vectors)
         found[f"vq_nearest {m} x {k} x {d}"] = "" if same else "indices or vectors differ"
@@ -86,4 +88,9 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> str:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(json.dumps({"interpret": interpret, "compile": compile_ahead}[sys.argv[1]]()))
+    programs = {
+        "interpret": lambda: run("cpu"),
+        "gpu": lambda: run("cuda"),
+        "compile": compile_ahead,
+    }
+    print(json.dumps(programs[sys.argv[1]]()))

@@ -35,4 +35,14 @@ def register(
     if not (cuda_sources and _C.CUDA_PROBLEM is None):
         if not _library:
             _library.append(torch.library.Library("ssldiff", "IMPL"))
-        _library[0].impl(name, triton, "CUDA")
+        _library[0].impl(name, _on_its_device(triton), "CUDA")
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch on the GPU of the first argument: Triton takes the current one, whatever it is."""
+
+    def launch_there(first: torch.Tensor, *others: Any) -> Any:
+        with torch.cuda.device(first.device):
+            return launch(first, *others)
+
+    return launch_there

@@ -53,6 +53,14 @@ def test_a_size_must_be_above_zero(bad: float) -> None:
         _checks.check_positive("x", bad, call="f")
 
 
+def test_a_number_is_finite() -> None:
+    assert _checks.check_number("x", 2, call="f") == 2.0
+    with pytest.raises(TypeError, match="x is '3', but it must be a number"):
+        _checks.check_number("x", "3", call="f")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x is inf, but it must be a finite number"):
+        _checks.check_number("x", float("inf"), call="f")
+
+
 def test_an_unknown_choice_lists_the_known() -> None:
     with pytest.raises(ValueError, match="x is 'c', but it must be one of a, b"):
         _checks.check_choice("x", "c", ["b", "a"], call="f")

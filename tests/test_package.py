@@ -20,6 +20,21 @@ def test_every_exported_name_exists(name: str) -> None:
     assert name in dir(sf)
 
 
+def test_the_rooms_are_there_without_an_import_of_their_own() -> None:
+    code = (
+        "import ssldiff_fast as sf; print(sf.ops.scatter_mean.__name__, sf.canvas.sample.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["scatter_mean", "sample"]
+
+
+def test_completion_offers_what_is_public_and_nothing_else() -> None:
+    assert set(sf.__all__) <= set(dir(sf))
+    assert not {"Any", "annotations", "importlib"} & set(dir(sf))
+    for name in dir(sf):
+        getattr(sf, name)
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'ssldiff_fast' has no attribute 'nothing'"):
         sf.nothing  # noqa: B018

@@ -167,6 +167,41 @@ def test_an_impossible_setting_is_one_sentence_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": 3}, "preset is a int, but a name or a Preset"),
+        ({"steps": 2.5}, "steps is 2.5, but it must be a whole number"),
+        ({"batch_size": "4"}, "batch_size is '4', but it must be a whole number"),
+        ({"guidance_scale": "2"}, "guidance_scale is '2', but it must be a number"),
+        ({"stride": 2.5}, "stride is 2.5, but it must be a whole number"),
+        ({"decode_stride": "4"}, "decode_stride is '4', but it must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5; expected an integer"),
+        ({"grid": torch.ones(2, 3, 1, 12)}, "grid is a Tensor, but a Grid or the path"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_setting_of_another_kind_is_one_sentence(
+    model: LatentDiffusion, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    settings = {"grid": tiny_grid(model), "steps": 2, **changes}
+    with pytest.raises(TypeError, match=message):
+        sf.synthesize(model, settings.pop("grid"), tmp_path / "out.tif", **settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(model: LatentDiffusion, tmp_path: Path) -> None:
+    number = np.int64(4)
+    numpy = {"seed": number, "batch_size": number, "stride": number, "decode_stride": number}
+    plain = {name: int(value) for name, value in numpy.items()}
+    first, second = (
+        make(model, tmp_path / "a.png", **numpy),
+        make(model, tmp_path / "b.png", **plain),
+    )
+    assert first.recipe == second.recipe
+    assert first.path.read_bytes() == second.path.read_bytes()
+
+
 def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(
     model: LatentDiffusion, tmp_path: Path
 ) -> None:

@@ -32,10 +32,15 @@ _EXPORTS = {
     "synthesize": "ssldiff_fast.synthesis",
 }
 
+# Rooms that are attributes without an import of their own, as in `sf.ops.scatter_mean`.
+_ROOMS = ("canvas", "diffusion", "encoders", "evaluation", "models", "ops", "slides")
+
 __all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     module = _EXPORTS.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -45,4 +50,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, *_ROOMS])

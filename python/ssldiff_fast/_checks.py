@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable
 
@@ -99,11 +100,21 @@ def check_positive(name: str, value: int | float, *, call: str) -> None:
         raise ValueError(f"{call}: {name} is {value}, but it must be above zero.")
 
 
-def check_count(name: str, value: int, *, call: str) -> None:
-    """Raise unless `value` is a whole number above zero."""
+def check_count(name: str, value: int, *, call: str) -> int:
+    """`value` as an int; raise unless it is a whole number above zero."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{call}: {name} is {value!r}, but it must be a whole number.")
     check_positive(name, int(value), call=call)
+    return int(value)
+
+
+def check_number(name: str, value: float, *, call: str) -> float:
+    """`value` as a float; raise unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{call}: {name} is {value!r}, but it must be a number.")
+    if not math.isfinite(value):
+        raise ValueError(f"{call}: {name} is {value}, but it must be a finite number.")
+    return float(value)
 
 
 def check_choice(name: str, value: str, choices: Iterable[str], *, call: str) -> None:

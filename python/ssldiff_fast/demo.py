@@ -19,7 +19,7 @@ import numpy as np
 
 from ssldiff_fast import settings
 from ssldiff_fast._checks import check_choice
-from ssldiff_fast.canvas.noise import seed_key
+from ssldiff_fast.canvas.noise import check_seed
 from ssldiff_fast.canvas.presets import get_preset
 from ssldiff_fast.encoders import Encoder, EncoderSpec
 from ssldiff_fast.evaluation.similarity import Similarity, grid_similarity
@@ -169,7 +169,7 @@ def run_demo(
             that can be known of it before anything is fetched or encoded.
     """
     get_preset(preset)
-    seed_key(seed)
+    check_seed(seed)
     check_choice("codec", codec, COMPRESSION, call="run_demo")
     parse_device(device, call="run_demo")
     out = make_folder(folder)

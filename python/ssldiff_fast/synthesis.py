@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ssldiff_fast._checks import check_count
+from ssldiff_fast._checks import check_count, check_number
 from ssldiff_fast.canvas.decode import decode_overlapped
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser
 from ssldiff_fast.canvas.field import GridField
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
-from ssldiff_fast.canvas.noise import canvas_noise
+from ssldiff_fast.canvas.noise import canvas_noise, check_seed
 from ssldiff_fast.canvas.presets import Preset, get_preset
 from ssldiff_fast.canvas.sampler import StepCallback, sample
 from ssldiff_fast.canvas.windows import window_strides
@@ -70,8 +69,8 @@ def synthesize(
     steps: int | None = None,
     guidance_scale: float | None = None,
     eta: float | None = None,
-    stride: int | None = None,
-    decode_stride: int | None = None,
+    stride: int | tuple[int, int] | None = None,
+    decode_stride: int | tuple[int, int] | None = None,
     batch_size: int = 16,
     codec: str = "jpeg",
     quality: int = 90,
@@ -91,8 +90,9 @@ def synthesize(
         out: the file: .tif (tiled pyramidal BigTIFF) or .png.
         seed: of the noise.
         preset: "fast", "paper" or "authors"; or a `Preset` of your own.
-        steps, guidance_scale, eta, stride: in place of the preset's own; `stride` in latents.
-        decode_stride: distance between the decoder's tiles in latents.
+        steps, guidance_scale, eta, stride: in place of the preset's own; `stride` in latents,
+            one number or (y, x).
+        decode_stride: distance between the decoder's tiles in latents, likewise.
         batch_size: windows of one network call, at most; belongs to the recipe.
         codec, quality: of a TIFF: "jpeg" (4:4:4) or "deflate".
         device, dtype: for a model that is loaded here; load it yourself for anything else.
@@ -110,11 +110,12 @@ def synthesize(
         RuntimeError: NaN or infinity appeared; the message names step and window.
     """
     chosen = _settle(preset, steps=steps, guidance_scale=guidance_scale, eta=eta)
-    check_count("batch_size", batch_size, call="synthesize")
+    batch_size = check_count("batch_size", batch_size, call="synthesize")
+    seed = check_seed(seed)
     # What is quickly known comes before the model, whose weights may take seconds to read.
     check_suffix(out)
     check_output(out, overwrite=overwrite)
-    cells = grid if isinstance(grid, Grid) else Grid.open(grid)
+    cells = _opened(grid)
     loaded = _loaded(model, device, dtype)
     cells.check_for(_wanted(loaded, cells))
     plan = _Plan.make(loaded, cells, chosen, seed, stride, decode_stride, batch_size)
@@ -142,14 +143,25 @@ def synthesize(
 
 def _settle(preset: str | Preset, **changes: Any) -> Preset:
     """The preset with the caller's settings in place of its own."""
-    chosen = get_preset(preset) if isinstance(preset, str) else preset
+    chosen = preset if isinstance(preset, Preset) else get_preset(preset)
     given = {name: value for name, value in changes.items() if value is not None}
     if "steps" in given:
-        check_count("steps", given["steps"], call="synthesize")
-    scale = given.get("guidance_scale", chosen.guidance_scale)
-    if not np.isfinite(scale):
-        raise ValueError(f"synthesize: guidance_scale is {scale}, but it must be a finite number.")
+        given["steps"] = check_count("steps", given["steps"], call="synthesize")
+    for name in ("guidance_scale", "eta"):
+        if name in given:
+            given[name] = check_number(name, given[name], call="synthesize")
     return dataclasses.replace(chosen, **given)
+
+
+def _opened(grid: Grid | str | os.PathLike[str]) -> Grid:
+    if isinstance(grid, Grid):
+        return grid
+    if not isinstance(grid, str | os.PathLike):
+        raise TypeError(
+            f"synthesize: grid is a {type(grid).__name__}, but a Grid or the path of its file was "
+            "expected; see sf.encode and sf.Grid."
+        )
+    return Grid.open(grid)
 
 
 def _loaded(
@@ -164,7 +176,7 @@ def _loaded(
         return model
     from ssldiff_fast.models.load import load
 
-    return load(str(model), device=device or "cpu", dtype=dtype or "float32")
+    return load(model, device=device or "cpu", dtype=dtype or "float32")
 
 
 def _wanted(model: LatentDiffusion, grid: Grid) -> EncoderSpec | dict[str, int]:
@@ -187,7 +199,7 @@ class _Plan:
     canvas_denoiser: CanvasDenoiser
     decode_stride: tuple[int, int]
     batch_size: int
-    stride: int | None
+    stride: tuple[int, int] | None
 
     @classmethod
     def make(
@@ -196,12 +208,14 @@ class _Plan:
         grid: Grid,
         preset: Preset,
         seed: int,
-        stride: int | None,
-        decode_stride: int | None,
+        stride: int | tuple[int, int] | None,
+        decode_stride: int | tuple[int, int] | None,
         batch_size: int,
     ) -> _Plan:
         window = model.window
         size = (grid.shape[0] * window[0], grid.shape[1] * window[1])
+        if stride is not None:
+            stride = window_strides(stride, window)
         windows = preset.windows(*size, window, seed=seed, steps=preset.steps, stride=stride)
         tiles = preset.decode_stride(window)
         if decode_stride is not None:
@@ -256,7 +270,7 @@ class _Plan:
             },
             "size_px": list(self.size_px),
             "window": list(model.window),
-            "stride": self.stride,
+            "stride": self.stride and list(self.stride),
             "preset": dataclasses.asdict(self.preset),
             "decode_stride": list(self.decode_stride),
             "batch_size": self.batch_size,

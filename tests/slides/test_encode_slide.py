@@ -176,6 +176,10 @@ def test_wrong_arguments_are_named(slide: Path) -> None:
         encode(slide, Untouched(), workers=-1)
     with pytest.raises(TypeError, match="slide must be a file, an open slide or an array, not int"):
         encode(3, Untouched())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"encoder is a str, which .* `model\.encoder`"):
+        encode(slide, "uni_v1")
+    with pytest.raises(TypeError, match="mask is None, expected True, False or a mask file"):
+        encode(slide, Untouched(), mask=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"is open with mpp 0\.5, not source_mpp 1"):
         encode(open_slide(slide), Untouched(), source_mpp=1.0)
 

@@ -48,13 +48,18 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def seed_key(seed: int) -> tuple[int, int]:
-    """The two key words of a seed."""
+def check_seed(seed: int) -> int:
+    """The seed as an int, or an error that says what a seed is."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
         raise TypeError(f"seed is {seed!r}; expected an integer from 0 to 2^64 - 1.")
-    seed = int(seed)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}; expected an integer from 0 to 2^64 - 1.")
+    return int(seed)
+
+
+def seed_key(seed: int) -> tuple[int, int]:
+    """The two key words of a seed."""
+    seed = check_seed(seed)
     return seed & 0xFFFFFFFF, seed >> 32
 
 

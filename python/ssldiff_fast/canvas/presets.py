@@ -133,5 +133,9 @@ PRESETS: dict[str, Preset] = {
 
 def get_preset(name: str) -> Preset:
     """The preset called `name`."""
+    if not isinstance(name, str):
+        raise TypeError(
+            f"get_preset: preset is a {type(name).__name__}, but a name or a Preset was expected."
+        )
     check_choice("preset", name, PRESETS, call="get_preset")
     return PRESETS[name]

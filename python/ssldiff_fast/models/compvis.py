@@ -211,5 +211,9 @@ def _newest_yaml(folder: Path) -> Path | None:
     project = sorted(folder.glob("*-project.yaml"))
     if project:
         return project[-1]
-    every = [p for p in sorted(folder.glob("*.yaml")) if not p.name.endswith("-lightning.yaml")]
+    every = [
+        path
+        for path in sorted(folder.glob("*.yaml"))
+        if not path.name.startswith(".") and not path.name.endswith("-lightning.yaml")
+    ]
     return every[0] if len(every) == 1 else None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def bundled_names() -> list[str]:
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: str | os.PathLike[str],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "float32",
@@ -84,7 +85,12 @@ def load(
     return model.to(target).eval()
 
 
-def _locate(name_or_path: str | Path) -> Path:
+def _locate(name_or_path: str | os.PathLike[str]) -> Path:
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(
+            f"load: name_or_path is a {type(name_or_path).__name__}, but the name of a bundled "
+            "model or a path was expected."
+        )
     names = bundled_names()
     path = Path(name_or_path).expanduser()
     if isinstance(name_or_path, str) and name_or_path in names:

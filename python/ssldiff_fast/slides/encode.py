@@ -84,6 +84,13 @@ def encode(
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     if workers is not None and workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 or more")
+    if not hasattr(encoder, "spec"):
+        raise TypeError(
+            f"encoder is a {type(encoder).__name__}, which does not say what patches it wants: "
+            "give a model's own, `model.encoder`, or an `Encoder`"
+        )
+    if not isinstance(mask, bool | str | os.PathLike):
+        raise TypeError(f"mask is {mask!r}, expected True, False or a mask file")
     if out is not None:
         check_output(out, overwrite=overwrite)
     source = _as_slide(slide, source_mpp)

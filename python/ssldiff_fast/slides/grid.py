@@ -65,7 +65,7 @@ class Grid:
                 f"a grid's valid mask must be [R, K] = {list(embeddings.shape[:2])}, not "
                 f"{list(valid.shape)}"
             )
-        if self.cell_px < 1 or not self.mpp > 0:
+        if self.cell_px < 1 or not 0 < self.mpp < float("inf"):
             raise ValueError(
                 f"a grid needs a positive cell_px and mpp, not {self.cell_px} and {self.mpp}"
             )

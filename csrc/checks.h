@@ -64,4 +64,23 @@ inline void check_codes(const torch::stable::Tensor& z, const torch::stable::Ten
                   codes.size(0), ".");
 }
 
+inline void check_noise(const torch::stable::Tensor& out, int64_t first_row, int64_t step) {
+  constexpr int64_t kLimit = int64_t{1} << 32;
+  STD_TORCH_CHECK(out.scalar_type() == torch::headeronly::ScalarType::Float && out.dim() == 3 &&
+                      out.is_contiguous(),
+                  "philox_normal: out must be a contiguous float32 tensor [C, rows, W].");
+  STD_TORCH_CHECK(
+      first_row >= 0 && first_row <= kLimit - out.size(1) && out.size(0) <= kLimit &&
+          out.size(2) <= kLimit && step >= 0 && step < kLimit,
+      "philox_normal: coordinates and steps count from 0 and end at 2^32, but first_row "
+      "is ",
+      first_row, " and step is ", step, ".");
+}
+
+inline void check_counters(const torch::stable::Tensor& counters) {
+  STD_TORCH_CHECK(counters.scalar_type() == torch::headeronly::ScalarType::Long &&
+                      counters.dim() == 2 && counters.size(1) == 4,
+                  "philox4x32: counters must be an int64 tensor [N, 4].");
+}
+
 }  // namespace ssldiff

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of all operators share: awkward window lattices and one table of tolerances."""
+"""What the tests of all operators share: awkward window lattices, published words and one
+table of tolerances."""
 
 from __future__ import annotations
 
@@ -12,6 +13,18 @@ from torch import Tensor
 # torch.testing.assert_close's own, by output dtype. Inputs are rounded to their dtype first and the
 # reference runs in float64 on the rounded values, so what is compared is the operator's own error.
 RTOL_ATOL = {torch.float32: (1.3e-6, 1e-5), torch.float64: (1e-7, 1e-7)}
+
+
+# Random123's published vectors for philox4x32 with 10 rounds: counter, key as one seed, words.
+KNOWN_WORDS = [
+    ([0] * 4, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([2**32 - 1] * 4, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        0x299F31D0A4093822,
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:

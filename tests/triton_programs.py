@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import triton
 
-from operator_cases import LATTICES, assert_close
+from operator_cases import KNOWN_WORDS, LATTICES, assert_close
+from ssldiff_fast.kernels import philox_normal as philox_normal_kernels
 from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
 from ssldiff_fast.kernels import vq_nearest as vq_nearest_kernels
-from ssldiff_fast.ops import scatter_mean_reference, vq_nearest_reference
+from ssldiff_fast.ops import philox_normal, scatter_mean_reference, vq_nearest_reference
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -43,6 +44,28 @@ def run(device: str) -> dict[str, str]:
         expected_vectors, expected_indices = vq_nearest_reference(z, codes)
         same = torch.equal(indices, expected_indices) and torch.equal(vectors, expected_vectors)
         found[f"vq_nearest {m} x {k} x {d}"] = "" if same else "indices or vectors differ"
+    return {**found, **_run_philox(device)}
+
+
+def _run_philox(device: str) -> dict[str, str]:
+    """The published words, and normals with the bits of the CPU's."""
+    found = {}
+    for counter, seed, words in KNOWN_WORDS:
+        counters = torch.tensor([counter] * 3, device=device)
+        signed = seed - 2**64 if seed >= 2**63 else seed
+        made = philox_normal_kernels.philox4x32(counters, signed).tolist()
+        found[f"philox4x32 {seed}"] = "" if made == [words] * 3 else f"words are {made[0]}"
+    for seed, shape, first, step in (
+        (0, (1, 1, 1), 0, 0),
+        (7, (3, 13, 23), 5, 4),
+        (2**40, (2, 2, 300), 2**32 - 2, 2**32 - 1),
+    ):
+        out = torch.full(shape, torch.nan, device=device)
+        philox_normal_kernels.philox_normal(out, seed, first, step)
+        rows = (first, first + shape[1])
+        expected = philox_normal(seed, shape[0], rows, shape[2], step=step)
+        same = torch.equal(out.cpu(), expected)
+        found[f"philox_normal {seed} {shape}"] = "" if same else "the bits differ"
     return found
 
 
@@ -57,7 +80,22 @@ def compile_ahead() -> dict[str, str]:
         **dict.fromkeys(("stride_n", "stride_c", "stride_y", "stride_x"), "i64"),
     }
     nearest = {"indices_ptr": "*i64", "count": "i32", "code_count": "i32"}
-    cases: list[tuple[str, Any, dict[str, str], dict[str, int]]] = []
+    philox = dict.fromkeys(("count", "rows", "width"), "i32")
+    philox |= dict.fromkeys(("seed", "first_row", "step"), "i64")
+    cases: list[tuple[str, Any, dict[str, str], dict[str, int]]] = [
+        (
+            "philox_normal fp32",
+            philox_normal_kernels.philox_normal_kernel,
+            {"out_ptr": "*fp32", **philox},
+            {"BLOCK": 256},
+        ),
+        (
+            "philox4x32",
+            philox_normal_kernels.philox4x32_kernel,
+            {"counters_ptr": "*i64", "words_ptr": "*i64", **philox},
+            {"BLOCK": 256},
+        ),
+    ]
     for dtype, total in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")):
         types = {"windows_ptr": f"*{dtype}", "canvas_ptr": f"*{total}"}
         types |= {f"weight_{axis}_ptr": f"*{total}" for axis in "yx"}

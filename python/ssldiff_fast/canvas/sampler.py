@@ -78,8 +78,9 @@ def sample(
         if step_noise is not None:
             return step_noise(step).to(noise)
         # Step 0 of the counter is the noise that runs start from.
-        drawn = canvas_noise(seed, sizes["C"], sizes["H"], sizes["W"], step=step + 1)
-        return drawn.to(noise.device)
+        return canvas_noise(
+            seed, sizes["C"], sizes["H"], sizes["W"], step=step + 1, device=noise.device
+        )
 
     x, history = noise, None
     bar = tqdm(plan, desc="denoising", unit="step", disable=not progress)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ssldiff_fast._checks import check_choice
-from ssldiff_fast.canvas.noise import OFFSET_CHANNEL, philox4x32, seed_key
+from ssldiff_fast.canvas.noise import offset_shares
 
 # Half-width of the Gaussian window weight, as a share of the window's own half-width. The same
 # figure shapes the published decode (paper, supplement): exp(-(u / 0.8)^2) for u in [-1, 1].
@@ -212,9 +212,7 @@ class ShiftedWindows:
         self.height, self.width, self.window, self.weights = height, width, window, weights
         self._stride = window_strides(window if stride is None else stride, window)
         self._overlap_from = overlap_from
-        zero = np.zeros(1, dtype=np.uint64)
-        words = philox4x32((zero + np.uint64(OFFSET_CHANNEL), zero, zero, zero), seed_key(seed))
-        self._start = (int(words[0][0]) / 2**32, int(words[1][0]) / 2**32)
+        self._start = offset_shares(seed)
 
     def stride(self, step: int) -> tuple[int, int]:
         """The stride (y, x) of a step."""

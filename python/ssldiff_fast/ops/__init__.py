@@ -1,7 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators: each file holds one, with its equation, reference, checks, gradient and dispatch."""
 
+from .philox_normal import (
+    philox4x32,
+    philox4x32_reference,
+    philox_normal,
+    philox_normal_reference,
+)
 from .scatter_mean import scatter_mean, scatter_mean_reference
 from .vq_nearest import vq_nearest, vq_nearest_reference
 
-__all__ = ["scatter_mean", "scatter_mean_reference", "vq_nearest", "vq_nearest_reference"]
+__all__ = [
+    "philox4x32",
+    "philox4x32_reference",
+    "philox_normal",
+    "philox_normal_reference",
+    "scatter_mean",
+    "scatter_mean_reference",
+    "vq_nearest",
+    "vq_nearest_reference",
+]

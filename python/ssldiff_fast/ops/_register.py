@@ -19,8 +19,8 @@ def register(
     *,
     fake: Callable[..., Any],
     triton: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
     cuda_sources: bool = True,
 ) -> None:
     """Complete the operator `name`; without the compiled library there is nothing to complete.
@@ -31,7 +31,8 @@ def register(
         return
     qualified = f"ssldiff::{name}"
     torch.library.register_fake(qualified, fake)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context)
+    if backward is not None:
+        torch.library.register_autograd(qualified, backward, setup_context=setup_context)
     if not (cuda_sources and _C.CUDA_PROBLEM is None):
         if not _library:
             _library.append(torch.library.Library("ssldiff", "IMPL"))

@@ -77,6 +77,31 @@ def test_geojson_polygons_are_filled_without_their_holes(tmp_path: Path) -> None
         assert not mask[:, width * 5 // 8 :].any()
 
 
+def test_features_without_a_geometry_are_passed_over(tmp_path: Path) -> None:
+    ring = [[0, 0], [640, 0], [640, 512], [0, 512], [0, 0]]
+    polygon = {"type": "Polygon", "coordinates": [ring, ring[:1]]}
+    shapes = [None, {"type": "Point", "coordinates": [3, 4]}, polygon]
+    features = [{"type": "Feature", "geometry": shape} for shape in shapes]
+    path = tmp_path / "tissue.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    assert slide_mask(ImageSlide(tissue_image(640, 512), 2.0), path).all()
+
+
+@pytest.mark.parametrize("ring", [[1, 2, 3], [[1], [2]], "no ring", [[0, 0], [1, None]], [{}]])
+def test_outlines_that_are_none_are_refused(tmp_path: Path, ring: object) -> None:
+    path = tmp_path / "bad.geojson"
+    path.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    with pytest.raises(ValueError, match=r"bad\.geojson is not GeoJSON"):
+        slide_mask(ImageSlide(tissue_image(64, 64), 2.0), path)
+
+
+def test_a_mask_beyond_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("L", (100, 100)).save(tmp_path / "mask.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="more pixels than fit in memory: scale it down"):
+        slide_mask(ImageSlide(tissue_image(64, 64), 2.0), tmp_path / "mask.png")
+
+
 def test_mask_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     slide = ImageSlide(tissue_image(640, 512), 0.5)
     with pytest.raises(FileNotFoundError, match="there is no mask file"):

@@ -127,6 +127,25 @@ def test_a_truncated_image_is_refused(tmp_path: Path, pixels: np.ndarray, suffix
         open_slide(path, mpp=0.5)
 
 
+def test_whatever_is_damaged_in_a_tiff_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "damaged.tif"
+    tifffile.imwrite(path, tissue_image(96, 80), resolution=(20_000, 20_000), resolutionunit=3)
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        content = np.frombuffer(whole, np.uint8).copy()
+        content[generator.integers(4, 300, 8)] = generator.integers(0, 256, 8)
+        path.write_bytes(content.tobytes())
+        said = ""
+        try:
+            open_slide(path).close()
+        except (OSError, ValueError) as error:
+            said = str(error)
+        assert not said or str(path) in said
+        assert "\n" not in said
+        assert len(said) < 200 + 2 * len(str(path))
+
+
 def test_a_slide_with_damaged_tiles_says_where_reading_failed(
     tmp_path: Path, pixels: np.ndarray
 ) -> None:

@@ -139,7 +139,7 @@ def read_grid(
     with file:
         try:
             return _read_ours(file) if GROUP in file else _read_foreign(file, path, mpp, cell_px)
-        except (KeyError, OSError) as error:
+        except (KeyError, OSError, RuntimeError) as error:  # the last is HDF5's for broken links
             raise OSError(f"the grid {path} is damaged ({error}): make it again") from None
 
 

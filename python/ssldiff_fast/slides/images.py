@@ -98,8 +98,15 @@ def _read_tiff(path: Path) -> tuple[RGB, float | None, dict[str, str]]:
             if page.planarconfig == 2 and pixels.ndim == 3:
                 pixels = np.moveaxis(pixels, 0, -1)
             mpp = _tiff_mpp(page)
-    except (tifffile.TiffFileError, ValueError, KeyError, IndexError, RuntimeError) as error:
-        raise OSError(f"the TIFF {path} cannot be read ({error})") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Damaged tags fail in many ways: TiffFileError, struct.error, ZeroDivisionError, ...
+        reason = (str(error).splitlines() or [""])[0][:100] or type(error).__name__
+        raise OSError(
+            f"the TIFF {path} cannot be read ({reason}): the file may be truncated or of an "
+            "unsupported variant"
+        ) from None
     _check_image_size(path, *size)
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
         raise ValueError(

@@ -93,11 +93,7 @@ def slide_mask(slide: Slide, source: str | os.PathLike[str] | None = None) -> Ma
         raise FileNotFoundError(f"there is no mask file {path}: check the name")
     if path.suffix.lower() in (".geojson", ".json"):
         return _rasterise(path, slide.size_px, size)
-    try:
-        with Image.open(path) as image:
-            mask: Mask = np.asarray(image.convert("L")) > 0
-    except OSError as error:
-        raise OSError(f"the mask {path} is neither GeoJSON nor an image ({error})") from None
+    mask = _read_mask(path)
     aspect = (mask.shape[1] / mask.shape[0]) / (width / height)
     if abs(aspect - 1) > ASPECT_TOLERANCE:
         raise ValueError(
@@ -107,23 +103,47 @@ def slide_mask(slide: Slide, source: str | os.PathLike[str] | None = None) -> Ma
     return mask
 
 
-def _rasterise(path: Path, slide_px: tuple[int, int], size: tuple[int, int]) -> Mask:
+def _read_mask(path: Path) -> Mask:
     try:
-        polygons = list(_polygons(json.loads(path.read_text(encoding="utf-8"))))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        with Image.open(path) as image:
+            mask: Mask = np.asarray(image.convert("L")) > 0
+    except (OSError, SyntaxError) as error:  # Pillow's for a broken PNG
+        raise OSError(f"the mask {path} is neither GeoJSON nor an image ({error})") from None
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"the mask {path} has more pixels than fit in memory: scale it down, it need only have "
+            "the shape of the slide"
+        ) from None
+    return mask
+
+
+def _rasterise(path: Path, slide_px: tuple[int, int], size: tuple[int, int]) -> Mask:
+    scale = np.array(size) / np.array(slide_px)
+    try:
+        polygons = [
+            [_ring(ring) * scale for ring in rings]
+            for rings in _polygons(json.loads(path.read_text(encoding="utf-8")))
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"the mask {path} is not GeoJSON ({error})") from None
     if not polygons:
         raise ValueError(f"the mask {path} has no Polygon or MultiPolygon: draw one around tissue")
     mask = np.zeros(size[::-1], bool)
-    scale = np.array(size) / np.array(slide_px)
     for rings in polygons:
         image = Image.new("1", size)
         draw = ImageDraw.Draw(image)
-        for index, ring in enumerate(rings):  # the outline, then its holes
-            points = np.asarray(ring, float)[:, :2] * scale
-            draw.polygon([tuple(p) for p in points], fill=int(index == 0))
+        for index, points in enumerate(rings):  # the outline, then its holes
+            if len(points) > 2:
+                draw.polygon([tuple(p) for p in points], fill=int(index == 0))
         mask |= np.asarray(image)
     return mask
+
+
+def _ring(points: Any) -> NDArray[np.float64]:  # [N, 2]
+    ring = np.asarray(points, float)
+    if ring.ndim != 2 or ring.shape[1] < 2 or not np.isfinite(ring).all():
+        raise ValueError("a ring must be a list of [x, y]")
+    return ring[:, :2]
 
 
 def _polygons(node: Any) -> Any:
@@ -131,6 +151,8 @@ def _polygons(node: Any) -> Any:
     if isinstance(node, list):
         for item in node:
             yield from _polygons(item)
+        return
+    if node is None:  # a Feature without a geometry
         return
     kind = node["type"]
     if kind == "FeatureCollection":

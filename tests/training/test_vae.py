@@ -96,3 +96,29 @@ def test_two_runs_of_a_recipe_are_equal(shop: Workshop) -> None:
         for name in ("a", "b")
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_training_the_decoder_only_leaves_latents_and_codes_as_they_were(shop: Workshop) -> None:
+    train_vae(shop.recipe("vae"), shop.root, shop.run("vae"), progress=False)
+    before = load_vae(shop.recipe("vae"), shop.run("vae"))
+    recipe = shop.recipe("vae", decoder_only=True, unquantised_steps=0, colour_weight=1.0)
+    train_vae(recipe, shop.root, shop.run("decoder"), start=shop.run("vae"), progress=False)
+    after = load_vae(recipe, shop.run("decoder"))
+    images = batch()
+    with torch.no_grad():
+        latents = before.encode(images)
+        assert torch.equal(after.encode(images), latents)
+        assert not torch.equal(after.decode(latents), before.decode(latents))
+    codes = [model.quantize.embedding.weight for model in (before, after)]
+    assert torch.equal(*codes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"unquantised_steps": 2}])
+def test_a_decoder_alone_needs_something_to_start_from(
+    shop: Workshop, changes: dict[str, int]
+) -> None:
+    recipe = shop.recipe("vae", **{"decoder_only": True, "unquantised_steps": 0, **changes})
+    start = shop.run("vae") if changes else None
+    with pytest.raises(ValueError, match=r"decoder only.*--start"):
+        train_vae(recipe, shop.root, shop.run("decoder"), start=start, progress=False)
+    assert not shop.run("decoder").exists()

@@ -115,12 +115,19 @@ def _parts(
 
 @command.command(name="vae")
 @_run_options("he-demo-vae")
-def train_vae(recipe: str, data: Path, output: Path, resume: bool, device: str) -> None:
+@click.option(
+    "--start",
+    type=_FOLDER,
+    help="Folder of another run whose weights this one starts from (he-demo-decoder needs one).",
+)
+def train_vae(
+    recipe: str, data: Path, output: Path, resume: bool, device: str, start: Path | None
+) -> None:
     """Train a VQ autoencoder, the first stage."""
     from ssldiff_fast.training.vae import train_vae
 
     with _training(output):
-        train_vae(recipe, data, output, resume=resume, device=device)
+        train_vae(recipe, data, output, start=start, resume=resume, device=device)
     click.echo(f"{output}: trained.")
     click.echo(f"next: ssldiff train encoder --data {data} -o RUN_FOLDER --vae {output}")
 

@@ -75,7 +75,9 @@ class VAERecipe(RunRecipe):
     unquantised_steps: int = Field(ge=0)
     latent_noise: float = Field(0.0, ge=0)
     gradient_weight: float = Field(1.0, ge=0)
+    colour_weight: float = Field(0.0, ge=0)  # of the mean colour of squares of 8 pixels
     commitment: float = Field(0.25, ge=0)
+    decoder_only: bool = False  # latents and codes stay as they are in the run that it starts from
 
 
 class EncoderRecipe(RunRecipe):

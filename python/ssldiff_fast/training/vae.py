@@ -78,21 +78,30 @@ class VAETask(Task):
         self.recipe = recipe
         self.model = build_vae(recipe)
         self._recent: list[Tensor] = []
+        if recipe.decoder_only:
+            for part in (self.model.encoder, self.model.quant_conv, self.model.quantize):
+                part.requires_grad_(False)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         # PyTorch's CPU GroupNorm is some 40 times slower backwards in channels-last bf16 than in
         # contiguous bf16, which costs more than the convolutions gain by channels-last.
         x = batch.contiguous()
-        z = self.model.encode(x).float()
-        quantised = self.global_step >= self.recipe.unquantised_steps
-        latent, extra = self._quantise(z) if quantised else self._perturb(z)
+        with torch.set_grad_enabled(not self.recipe.decoder_only):
+            z = self.model.encode(x).float()
+            quantised = self.global_step >= self.recipe.unquantised_steps
+            latent, extra = self._quantise(z) if quantised else self._perturb(z)
         out = self.model.decode(latent, quantize=False).float()
-        l1 = F.l1_loss(out, x)
-        edges = gradient_difference(out, x)
         mse = F.mse_loss(out.detach(), x)
         self.log("psnr", 10 * torch.log10(4.0 / mse), prog_bar=True)
         self.log("latent_std", z.detach().std())
-        return l1 + self.recipe.gradient_weight * edges + extra
+        return self._reconstruction(out, x) + extra
+
+    def _reconstruction(self, out: Tensor, x: Tensor) -> Tensor:
+        recipe = self.recipe
+        loss = F.l1_loss(out, x) + recipe.gradient_weight * gradient_difference(out, x)
+        if recipe.colour_weight:
+            loss = loss + recipe.colour_weight * F.avg_pool2d(out - x, 8).abs().mean()
+        return loss
 
     def _perturb(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Noise on the latent, whose scale is pulled towards one so that noise means something."""
@@ -103,7 +112,8 @@ class VAETask(Task):
 
     def _quantise(self, z: Tensor) -> tuple[Tensor, Tensor]:
         # A run that goes on just here has nothing gathered, and starts from the latents at hand.
-        if self._recent or self.global_step == self.recipe.unquantised_steps:
+        start = self.global_step == self.recipe.unquantised_steps and not self.recipe.decoder_only
+        if self._recent or start:
             self._start_codebook(torch.cat(self._recent or [_rows(z)]))
         quantised, indices = self.model.quantize(z)  # straight-through
         codes = F.embedding(indices, self.model.quantize.embedding.weight).permute(0, 3, 1, 2)
@@ -134,6 +144,7 @@ def train_vae(
     data: Path,
     folder: Path,
     *,
+    start: Path | None = None,
     resume: bool = False,
     device: str = "cpu",
     progress: bool = True,
@@ -144,6 +155,8 @@ def train_vae(
         recipe_name: a recipe file, or the name of a bundled one.
         data: the folder that the recipe's image paths are relative to.
         folder: gets checkpoints, metrics and the recipe.
+        start: folder of another run whose averaged weights this one starts from. With a recipe
+            that is `decoder_only`, models trained on that run's latents stay good.
         resume: go on from the folder's last checkpoint.
         device: "cpu", "cuda" or the like.
         progress: whether to show a progress bar.
@@ -151,12 +164,21 @@ def train_vae(
     Raises:
         FileNotFoundError: no such recipe, folder or image.
         FileExistsError: `folder` has a checkpoint and `resume` is false.
-        ValueError: the recipe is wrong, or not that of the run to go on with.
+        ValueError: the recipe is wrong, or not that of the run to go on with, or it trains the
+            decoder only and there is nothing to start from.
         KeyboardInterrupt: after Ctrl-C, once the step under way is done and saved.
     """
     recipe, images = read_run(recipe_name, VAERecipe)
+    if recipe.decoder_only and (start is None or recipe.unquantised_steps):
+        raise ValueError(
+            f"the recipe trains the decoder only, with unquantised_steps of "
+            f"{recipe.unquantised_steps} and starting from {start}; set unquantised_steps to 0 and "
+            "name the folder of a trained autoencoder with --start"
+        )
     L.seed_everything(recipe.fit.seed, verbose=False)
     task = VAETask(recipe)
+    if start is not None:
+        load_part(task.model, averaged_weights(start), "model.", start)
     _check_crop(recipe, task.model)
     pool = PatchPool(images, data)
     pool.check_size(recipe.crop_px)

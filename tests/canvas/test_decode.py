@@ -12,6 +12,7 @@ from torch import Tensor
 from golden_inputs import VQ_SMALL, fill, golden_input, golden_output
 from ssldiff_fast.canvas import canvas_noise, decode_image, decode_overlapped
 from ssldiff_fast.models.autoencoder import VQModel
+from tiny_models import tiny_model
 
 
 def enlarge(tiles: Tensor) -> Tensor:
@@ -29,6 +30,13 @@ def test_the_decode_is_the_published_one(stride: int) -> None:
     assert float((image == expected).mean()) > 0.999
     # What differs is where rounding crosses a grey level.
     assert int(np.abs(image.astype(int) - expected).max()) <= 1
+
+
+def test_the_precision_of_the_unet_does_not_matter_to_the_decode() -> None:
+    model, latent = tiny_model(), canvas_noise(0, 3, 8, 8)
+    expected = decode_image(model, latent, stride=8)
+    model.unet.to(torch.bfloat16)
+    assert np.array_equal(decode_image(model, latent, stride=8), expected)
 
 
 def test_a_decoder_without_context_shows_no_tiles() -> None:

@@ -77,7 +77,9 @@ def _tile_decoder(model: Any) -> DecodeTiles:
             "LatentDiffusion, an autoencoder or a callable from latents to images."
         )
     decode: DecodeTiles = getattr(model, names[0]) if names else model
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    # Of a whole model the autoencoder alone: its U-Net may be in another precision.
+    decoder = getattr(model, "vae", model)
+    parameter = next(decoder.parameters(), None) if isinstance(decoder, torch.nn.Module) else None
     if parameter is None:
         return decode
     device, dtype = parameter.device, parameter.dtype

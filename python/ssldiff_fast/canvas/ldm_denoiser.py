@@ -69,7 +69,8 @@ class LDMDenoiser:
     ) -> Tensor:
         """[2, B, C, h, w] conditional and unconditional, or [1, B, C, h, w] without guidance."""
         parameter = next(self.model.unet.parameters())
-        context = state.cond[index.to(state.cond.device)]
+        # Not waited for: pageable memory has been read on return, and a wait would idle a GPU.
+        context = state.cond[index.to(state.cond.device, non_blocking=True)]
         pair = 1
         if state.uncond is not None:
             pair = 2

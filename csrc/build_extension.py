@@ -9,7 +9,7 @@ serves every Python from 3.10 on and every torch from 2.10 on.
 Environment variables, read here and nowhere else:
     SSLDIFF_CUDA        0: never build the CUDA sources; 1: fail if they cannot be built.
     SSLDIFF_CUDA_ARCHS  compute capabilities, default "80 90"; the last one is kept as PTX too.
-    CUDA_HOME           where nvcc lies, if not on PATH.
+    CUDA_HOME           where nvcc lies, if neither on PATH nor in /usr/local/cuda.
     CXX                 the C++ compiler; CXXFLAGS and LDFLAGS come after our own flags.
 """
 
@@ -55,6 +55,7 @@ CXX_FLAGS = [
     "-Wno-psabi",
 ]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"  # NVIDIA's installers leave it off PATH
 NO_COMPILER = (
     "No C++ compiler was found (looked for {looked}): install one (Debian or Ubuntu: "
     "`apt install g++`, Fedora: `dnf install gcc-c++`, macOS: `xcode-select --install`, conda: "
@@ -106,10 +107,10 @@ def find_nvcc(torch_cuda: str | None) -> tuple[str | None, str]:
     if choice == "0":
         return None, "not built: SSLDIFF_CUDA=0"
     home = os.environ.get("CUDA_HOME")
-    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc") or USUAL_NVCC
     reason = ""
-    if nvcc is None or not Path(nvcc).exists():
-        reason = "no nvcc on PATH or in CUDA_HOME"
+    if not Path(nvcc).exists():
+        reason = f"no nvcc on PATH, in CUDA_HOME or at {USUAL_NVCC}"
     elif torch_cuda is None:
         reason = "this torch is built without CUDA"
     else:

@@ -1,14 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make demo` and `make test` do everything from a bare clone: virtual environment, PyTorch, build,
-# package. A second call repeats nothing. PYTHON chooses the interpreter, VENV another folder.
+# package. A second call repeats nothing. PYTHON chooses the interpreter, VENV another folder;
+# with VENV=none the package is built into PYTHON's own environment, which must have all it needs:
+# nothing is downloaded.
 
 PYTHON ?= python3
 VENV ?= .venv
+ifeq ($(VENV),none)
+BIN := $(dir $(shell command -v $(PYTHON)))
+RUN := $(PYTHON)
+STAMPS := build/stamps
+else
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN := $(BIN)/python
 STAMPS := $(VENV)/stamps
+endif
+PIP := $(RUN) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.py')
 PYTEST_ARGS ?=
+# `make gpu` leaves a copy of its results in this folder.
+RESULTS ?=
 # Where PyTorch comes from. Without a GPU this saves gigabytes:
 #   make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
@@ -20,19 +31,19 @@ help:
 	@echo "make demo    synthesize a slide after a real one (two minutes, once installed)"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff, mypy and clang-format in check mode; make format repairs"
-	@echo "make gpu     tests that need a CUDA device"
+	@echo "make gpu     tests and timings on an NVIDIA GPU (ten minutes); VENV=none installs nothing"
 	@echo "make aims    what was aimed at and measured, the unmet first"
 	@echo "make build   compile the operators into this checkout"
 	@echo "make clean   remove what was built, the environment included"
 
 demo: $(STAMPS)/build
-	$(BIN)/ssldiff demo --overwrite
+	$(RUN) -m ssldiff_fast demo --overwrite
 
 test: $(STAMPS)/test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(RUN) -m pytest $(PYTEST_ARGS)
 
 gpu: $(STAMPS)/test
-	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+	$(RUN) benchmarks/gpu.py --copy "$(RESULTS)"
 
 aims:
 	@$(PYTHON) benchmarks/aims.py
@@ -53,6 +64,15 @@ format: $(STAMPS)/lint
 clean:
 	rm -rf $(VENV) build python/*.egg-info python/ssldiff_fast/*.so
 
+ifeq ($(VENV),none)
+$(STAMPS)/build: setup.py pyproject.toml $(SOURCES)
+	$(PIP) install --no-build-isolation --no-deps -e .
+	mkdir -p $(STAMPS)
+	touch $@
+
+$(STAMPS)/test $(STAMPS)/lint: $(STAMPS)/build
+	touch $@
+else
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit("ssldiff_fast needs Python 3.10 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; name another: make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else None'
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "ssldiff_fast needs the venv module of $(PYTHON): install it (Debian or Ubuntu: apt install python3-venv) and run make again."; exit 1; }
@@ -78,3 +98,4 @@ $(STAMPS)/test: $(STAMPS)/build
 $(STAMPS)/lint: $(STAMPS)/venv constraints.txt
 	$(PIP) install -c constraints.txt ruff mypy clang-format types-PyYAML types-tqdm
 	touch $@
+endif

@@ -23,7 +23,9 @@ def read_aims(folder: Path) -> list[dict[str, Any]]:
             result = json.loads(path.read_text())
             for aim in result.get("aims", []):
                 fields = {key: aim[key] for key in ("name", "aim", "value", "met")}
-                aims.append({"source": path.stem, **fields})
+                aims.append(
+                    {"source": path.relative_to(folder).with_suffix("").as_posix(), **fields}
+                )
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not a benchmark's result ({type(error).__name__}: {error}); run the "

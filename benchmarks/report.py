@@ -4,14 +4,19 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from ssldiff_fast import _C
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,6 +30,8 @@ def aim(
 
 
 def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
     done = subprocess.run(
         ["git", *arguments], capture_output=True, text=True, check=False, cwd=RESULTS.parent
     )
@@ -42,11 +49,27 @@ def processor() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores, {isa}"
 
 
+def gpu() -> dict[str, Any] | None:
+    """The GPU's name, memory and versions, and where its operators come from."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "cuda": torch.version.cuda,
+        "triton": importlib.metadata.version("triton") if find_spec("triton") else None,
+        "cuda_operators": _C.CUDA_PROBLEM or "built",
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+    }
+
+
 def machine() -> dict[str, Any]:
     """Where a figure was measured."""
     return {
         "processor": processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -54,19 +77,23 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(name: str, figures: dict[str, Any], aims: list[dict[str, Any]]) -> Path:
-    """Write `results/NAME.json` and print where it is and which aims are met."""
+def save(
+    name: str, figures: dict[str, Any], aims: list[dict[str, Any]], device: str = "cpu"
+) -> Path:
+    """Write `results/NAME.json`, of a GPU `results/gpu/NAME.json`, and print which aims are met."""
+    commit = _git("rev-parse", "--short", "HEAD")
     result = {
         "what": name,
+        "device": device,
         **figures,
         "aims": aims,
         "machine": machine(),
-        "commit": _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "commit": commit or None,
+        "dirty": bool(_git("status", "--porcelain")) if commit else None,
         "date": datetime.date.today().isoformat(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = (RESULTS if device == "cpu" else RESULTS / "gpu") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     for entry in aims:
         state = "met" if entry["met"] else "NOT MET"

@@ -3,29 +3,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from report import aim, save
 from ssldiff_fast import _C
 from ssldiff_fast.ops import scatter_mean, scatter_mean_reference
-from timing import alternate, copy_bandwidth, ratios_to
+from timing import alternate, arguments, copy_bandwidth, peak_megabytes, ratios_to
 
-CHANNELS, WINDOW, STRIDE, SIZE = 3, 64, 16, 512
+CHANNELS, WINDOW, STRIDE = 3, 64, 16
+# A GPU's canvas is larger, so that the windows do not fit into its caches.
+SIZES = {"cpu": 512, "cuda": 2048}
+# assert_close's own for float32 results; inputs are rounded to their dtype first.
+RTOL, ATOL = 1.3e-6, 1e-5
 
 
-def main() -> None:
-    """Time the three on a canvas of 512 x 512 with stride 16 and save results/scatter_mean.json."""
-    origins = list(range(0, SIZE - WINDOW + 1, STRIDE))
-    windows = torch.randn(len(origins) ** 2, CHANNELS, WINDOW, WINDOW)
+def candidates(windows: Tensor, size: int) -> dict[str, Callable[[], Tensor]]:
+    """Ours by every backend that runs on this device, and the baselines."""
+    origins = list(range(0, size - WINDOW + 1, STRIDE))
     ones = [1.0] * WINDOW
 
     def ours() -> Tensor:
-        return scatter_mean(windows, origins, origins, ones, ones, height=SIZE, width=SIZE)
+        return scatter_mean(windows, origins, origins, ones, ones, height=size, width=size)
+
+    def triton() -> Tensor:
+        from ssldiff_fast.kernels.scatter_mean import scatter_mean as kernel
+
+        return kernel(windows, origins, origins, ones, ones, size, size)
 
     def loop() -> Tensor:  # as the published notebook accumulates
-        total = torch.zeros(CHANNELS, SIZE, SIZE)
-        count = torch.zeros(CHANNELS, SIZE, SIZE)
+        total = torch.zeros(CHANNELS, size, size, device=windows.device)
+        count = torch.zeros(CHANNELS, size, size, device=windows.device)
         places = [(y, x) for y in origins for x in origins]
         for window, (y, x) in zip(windows, places):
             total[:, y : y + WINDOW, x : x + WINDOW] += window
@@ -33,35 +44,71 @@ def main() -> None:
         return total / count
 
     def fold() -> Tensor:
-        columns = windows.flatten(1).t()[None]
-        total = torch.nn.functional.fold(columns, SIZE, WINDOW, stride=STRIDE)
-        shares = torch.nn.functional.fold(torch.ones_like(columns), SIZE, WINDOW, stride=STRIDE)
+        columns = windows.float().flatten(1).t()[None]
+        total = torch.nn.functional.fold(columns, size, WINDOW, stride=STRIDE)
+        shares = torch.nn.functional.fold(torch.ones_like(columns), size, WINDOW, stride=STRIDE)
         return (total / shares)[0]
 
+    functions = {"scatter_mean": ours, "published loop": loop, "fold": fold}
+    if windows.device.type == "cuda" and backend("cuda") != "Triton":
+        functions["Triton"] = triton  # beside CUDA C++, which is what scatter_mean runs
+    return functions
+
+
+def backend(device: str) -> str:
+    """What runs scatter_mean on a device."""
+    if device == "cpu":
+        return f"C++, {_C.build_info()['cpu_path']}"
+    return "CUDA C++" if _C.CUDA_PROBLEM is None else "Triton"
+
+
+def measure(device: str, size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Figures of one dtype; what is wrong is not timed."""
+    count = len(range(0, size - WINDOW + 1, STRIDE))
+    windows = torch.randn(count**2, CHANNELS, WINDOW, WINDOW, device=device).to(dtype)
+    functions = candidates(windows, size)
+    origins, ones = [STRIDE * i for i in range(count)], [1.0] * WINDOW
     expected = scatter_mean_reference(
-        windows.double(), origins, origins, ones, ones, height=SIZE, width=SIZE
+        windows.double(), origins, origins, ones, ones, height=size, width=size
     ).float()
-    for function in (ours, loop, fold):
-        torch.testing.assert_close(function(), expected)
-    times = alternate({"scatter_mean": ours, "published loop": loop, "fold": fold})
-    ratios = ratios_to(times, "scatter_mean")
+    for function in functions.values():
+        torch.testing.assert_close(function(), expected, rtol=RTOL, atol=ATOL)
+    times = alternate(functions, device=device)
     moved = windows.nbytes + expected.nbytes
-    reached = moved / times["scatter_mean"]["median_ms"] / 1e6
-    available = copy_bandwidth(windows)
+    names = [name for name in times if name in ("scatter_mean", "Triton")]
+    bandwidth = {name: round(moved / times[name]["median_ms"] / 1e6, 1) for name in names}
+    figures = {
+        "ratio": ratios_to(times, "scatter_mean"),
+        "times": times,
+        "shape": {"windows": list(windows.shape), "canvas": list(expected.shape)},
+        "gigabytes_per_second": {**bandwidth, "copy": round(copy_bandwidth(windows), 1)},
+    }
+    if device == "cuda":
+        figures["peak_megabytes"] = peak_megabytes(functions)
+    return figures
+
+
+def main() -> None:
+    """Time all on a canvas with stride 16 and save scatter_mean.json."""
+    parser = arguments(__doc__)
+    parser.add_argument("--size", type=int, help="side of the canvas; 512, on a GPU 2048")
+    chosen = parser.parse_args()
+    size = chosen.size or SIZES[chosen.device]
+    dtypes = [torch.float32] if chosen.device == "cpu" else [torch.float32, torch.bfloat16]
+    figures = {
+        str(dtype).removeprefix("torch."): measure(chosen.device, size, dtype) for dtype in dtypes
+    }
+    main_figures = figures["float32"]
+    ratios, bandwidth = main_figures["ratio"], main_figures["gigabytes_per_second"]
     aims = [
         aim("times the published loop", ratios["published loop"], 8, "at least"),
         aim("times fold", ratios["fold"], 20, "at least"),
-        aim("share of the copy bandwidth", reached / available, 0.8, "at least"),
     ]
-    figures = {
-        "ratio": ratios,
-        "times": times,
-        "shape": {"windows": list(windows.shape), "canvas": list(expected.shape)},
-        "dtype": "float32",
-        "gigabytes_per_second": {"scatter_mean": round(reached, 1), "copy": round(available, 1)},
-        "cpu_path": _C.build_info()["cpu_path"],
-    }
-    save("scatter_mean", figures, aims)
+    for name in [name for name in bandwidth if name != "copy"]:
+        share = bandwidth[name] / bandwidth["copy"]
+        label = "" if name == "scatter_mean" else f" ({name})"
+        aims.append(aim(f"share of the copy bandwidth{label}", share, 0.8, "at least"))
+    save("scatter_mean", {"backend": backend(chosen.device), **figures}, aims, chosen.device)
 
 
 if __name__ == "__main__":

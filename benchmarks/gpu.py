@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that needs a GPU, in one go: `make gpu`.
+
+Every backend is tested against the reference, then every benchmark that has a GPU side runs; one
+that fails does not keep the others from running. Results are small JSON files in
+benchmarks/results/gpu/, also copied to the folder of --copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from report import RESULTS, save
+
+HERE = Path(__file__).parent
+# Folders and files with tests marked gpu; others may need libraries that a GPU machine lacks.
+TESTS = ("tests/ops", "tests/canvas", "tests/test_gpu.py")
+BENCHMARKS: tuple[tuple[str, ...], ...] = (
+    ("scatter_mean.py",),
+    ("vq_nearest.py",),
+    ("sampler.py",),
+    ("sampler.py", "--size", "paper"),
+)
+# Seconds after which a step is ended, so that all fit into ten minutes with the build.
+LIMIT = 180
+OUTCOMES = ("failure", "error")  # what pytest's report calls a test that did not pass
+
+
+def run(command: list[str]) -> dict[str, Any]:
+    """One step, with its seconds; "" or why it failed."""
+    print("$", *command, flush=True)
+    start = time.perf_counter()
+    try:
+        code = subprocess.run(command, cwd=HERE.parent, timeout=LIMIT, check=False).returncode
+        problem = f"exit status {code}" if code else ""
+    except subprocess.TimeoutExpired:
+        problem = f"ended after {LIMIT} seconds"
+    return {"seconds": round(time.perf_counter() - start, 1), "problem": problem}
+
+
+def run_tests() -> dict[str, Any]:
+    """The tests marked gpu: how many of each outcome, and the names of those that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "tests.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={report}"]
+        step = run([*command, *TESTS])
+        if not report.is_file():
+            return step
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    bad = [case for case in cases if any(case.find(what) is not None for what in OUTCOMES)]
+    failed = [case.get("name", "") for case in bad]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    passed = len(cases) - len(failed) - skipped
+    return {**step, "passed": passed, "skipped": skipped, "failed": failed}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--copy", default="", help="folder that gets a copy of the results")
+    chosen = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(
+            f"make gpu: torch {torch.__version__} sees no CUDA device; `ssldiff doctor` shows what "
+            "it does see.",
+            file=sys.stderr,
+        )
+        return 2
+    steps = {"tests": run_tests()}
+    for script, *options in BENCHMARKS:
+        command = [sys.executable, str(HERE / script), "--device", "cuda", *options]
+        steps[" ".join([script, *options])] = run(command)
+    save("gpu", {"steps": steps}, [], "cuda")
+    if chosen.copy:
+        shutil.copytree(RESULTS / "gpu", chosen.copy, dirs_exist_ok=True)
+    print(json.dumps(steps, indent=1))
+    return 1 if any(step["problem"] for step in steps.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

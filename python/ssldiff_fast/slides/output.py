@@ -8,8 +8,14 @@ import os
 import re
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Left free beside what a file is estimated to need, so that the machine goes on working.
 SPARE_BYTES = 64 * 2**20
@@ -131,3 +137,33 @@ def atomic_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a small file, whole or not at all."""
     with atomic(Path(path)) as part:
         part.write_bytes(data)
+
+
+class RowWriter(ABC):
+    """Rows of pixels in, a file out; a context manager that drops the file when its block fails."""
+
+    @abstractmethod
+    def write_rows(self, rows: Any) -> None:
+        """Appends rows of pixels, uint8 [rows, width, 3], any number of them."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Gives the file its name; needs all rows."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Removes what was written unless it is finished."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abort()

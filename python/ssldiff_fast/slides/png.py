@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from .output import atomic, atomic_bytes, check_output
+from .output import RowWriter, atomic, atomic_bytes, check_output
 from .pyramid import check_geometry, check_rows, describe, sidecar
 
 # A PNG is compressed as one stream from the whole image in memory: 768 MiB at most.
@@ -19,7 +18,7 @@ MAX_PX = 2**28
 BYTES_PER_PX = 2.2
 
 
-class PngWriter:
+class PngWriter(RowWriter):
     """Rows in, PNG out, with the interface of `PyramidWriter`; holds the image in memory."""
 
     def __init__(
@@ -73,17 +72,3 @@ class PngWriter:
     def abort(self) -> None:
         """Drops what was written."""
         self._pixels = None
-
-    def __enter__(self) -> PngWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self.abort()

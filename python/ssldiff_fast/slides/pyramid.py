@@ -12,13 +12,12 @@ import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .output import atomic_bytes, check_output, part_path, publish, write_error
+from .output import RowWriter, atomic_bytes, check_output, part_path, publish, write_error
 from .slide import MPP_RANGE
 from .tiff_directory import COMPRESSION, HEADER_BYTES, TiledLevel, directory, file_header
 
@@ -100,7 +99,7 @@ class _Level:
         self.done = 0  # rows in finished tiles
 
 
-class PyramidWriter:
+class PyramidWriter(RowWriter):
     """Rows in, pyramid out; a context manager.
 
     Levels are built while streaming: finished tiles go to a hidden file in the same folder, which
@@ -280,17 +279,3 @@ class PyramidWriter:
             self._file = None
             self._pool.shutdown(cancel_futures=True)
             self._part.unlink(missing_ok=True)
-
-    def __enter__(self) -> PyramidWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.finish()
-        else:
-            self.abort()

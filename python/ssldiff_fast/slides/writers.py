@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .output import RowWriter
 from .png import PngWriter
 from .pyramid import PyramidWriter
 
@@ -27,7 +28,7 @@ def open_writer(
     quality: int = 90,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-) -> PyramidWriter | PngWriter:
+) -> RowWriter:
     """Opens a streaming writer; everything that can be wrong with the output is checked here.
 
     Args:

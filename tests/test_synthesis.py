@@ -202,6 +202,20 @@ def test_whole_numbers_of_numpy_are_whole_numbers(model: LatentDiffusion, tmp_pa
     assert first.path.read_bytes() == second.path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("out.png", {"codec": "jpeg"}), ("out.png", {"quality": 80}), ("out.tif", {"quality": 80})],
+)
+def test_a_codec_or_quality_that_would_be_ignored_is_refused(
+    model: LatentDiffusion, tmp_path: Path, name: str, changes: dict[str, Any]
+) -> None:
+    if name == "out.tif":
+        changes = {**changes, "codec": "deflate"}
+    with pytest.raises(ValueError, match=r"lossless|\.tif"):
+        make(model, tmp_path / name, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_output_is_kept_unless_overwriting_is_asked_for(
     model: LatentDiffusion, tmp_path: Path
 ) -> None:

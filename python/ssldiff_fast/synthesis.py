@@ -72,8 +72,8 @@ def synthesize(
     stride: int | tuple[int, int] | None = None,
     decode_stride: int | tuple[int, int] | None = None,
     batch_size: int = 16,
-    codec: str = "jpeg",
-    quality: int = 90,
+    codec: str | None = None,
+    quality: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -94,7 +94,8 @@ def synthesize(
             one number or (y, x).
         decode_stride: distance between the decoder's tiles in latents, likewise.
         batch_size: windows of one network call, at most; belongs to the recipe.
-        codec, quality: of a TIFF: "jpeg" (4:4:4) or "deflate".
+        codec: of a TIFF: "jpeg" (4:4:4, by default) or "deflate" (lossless).
+        quality: of JPEG, 90 by default.
         device, dtype: for a model that is loaded here; load it yourself for anything else.
         overwrite: replace an existing file.
         progress: show progress with the time that remains.

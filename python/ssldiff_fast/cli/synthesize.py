@@ -27,8 +27,8 @@ from ..canvas.presets import PRESETS
 @click.option("--stride", type=int, help="Stride of the windows in latents.")
 @click.option("--decode-stride", type=int, help="Stride of the decoder's tiles in latents.")
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--codec", default="jpeg", show_default=True, help="jpeg or deflate (lossless).")
-@click.option("--quality", type=click.IntRange(1, 100), default=90, show_default=True)
+@click.option("--codec", help="Of a TIFF: jpeg or deflate, which is lossless [default: jpeg].")
+@click.option("--quality", type=click.IntRange(1, 100), help="Of JPEG [default: 90].")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
@@ -44,8 +44,8 @@ def command(
     stride: int | None,
     decode_stride: int | None,
     batch_size: int,
-    codec: str,
-    quality: int,
+    codec: str | None,
+    quality: int | None,
     device: str,
     dtype: str,
     overwrite: bool,

@@ -24,8 +24,8 @@ def open_writer(
     height: int,
     mpp: float,
     *,
-    codec: str = "jpeg",
-    quality: int = 90,
+    codec: str | None = None,
+    quality: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> RowWriter:
@@ -35,8 +35,8 @@ def open_writer(
         path: the output; its suffix chooses the format.
         width, height: in pixels.
         mpp: micrometres per pixel.
-        codec: of a TIFF, "jpeg" or "deflate".
-        quality: of JPEG.
+        codec: of a TIFF, "jpeg" (by default) or "deflate".
+        quality: of JPEG, 90 by default.
         metadata: model, seed, recipe and hashes, as JSON holds them.
         overwrite: replace an existing file.
 
@@ -44,17 +44,26 @@ def open_writer(
         A context manager with `write_rows(uint8 [rows, width, 3])`.
 
     Raises:
-        ValueError: an unsupported suffix, size, mpp or codec.
+        ValueError: an unsupported suffix, size, mpp or codec, or a codec or quality that the
+            format does not have.
         OSError: an output that exists or cannot be written, or too little space.
     """
-    if check_suffix(path) != ".png":
+    suffix = check_suffix(path)
+    if suffix == ".png" and (codec is not None or quality is not None):
+        raise ValueError(
+            f"codec and quality are of a TIFF, but the output is {Path(path).name}; leave them out "
+            "or name a .tif"
+        )
+    if codec == "deflate" and quality is not None:
+        raise ValueError("quality is of JPEG, but the codec is deflate, which is lossless")
+    if suffix != ".png":
         return PyramidWriter(
             path,
             width,
             height,
             mpp,
-            codec=codec,
-            quality=quality,
+            codec=codec or "jpeg",
+            quality=90 if quality is None else quality,
             metadata=metadata,
             overwrite=overwrite,
         )

@@ -6,7 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
+#include <string>
 #include <vector>
+
+#include "include/grid_geometry.h"
 
 namespace ssldiff {
 
@@ -62,6 +66,34 @@ inline void check_codes(const torch::stable::Tensor& z, const torch::stable::Ten
   STD_TORCH_CHECK(codes.size(0) > 0 && codes.size(0) < (int64_t{1} << 31),
                   "vq_nearest: codes must hold between 1 and 2^31 - 1 codes, but holds ",
                   codes.size(0), ".");
+}
+
+// The mode of this name, once everything else has been found right.
+inline GridMode check_grid(const torch::stable::Tensor& grid, const torch::stable::Tensor& points,
+                           const std::optional<torch::stable::Tensor>& valid,
+                           const std::string& mode) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = grid.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+                  "interpolate_grid: grid must be float32 or float64.");
+  STD_TORCH_CHECK(grid.dim() == 4 && grid.numel() > 0,
+                  "interpolate_grid: grid must be [R, K, T, D] with no size 0.");
+  STD_TORCH_CHECK(points.scalar_type() == ScalarType::Double && points.dim() == 2 &&
+                      points.size(1) == 2 && points.device() == grid.device(),
+                  "interpolate_grid: points must be a float64 tensor [N, 2] beside grid.");
+  STD_TORCH_CHECK(
+      !valid.has_value() || (valid->scalar_type() == ScalarType::Bool && valid->dim() == 2 &&
+                             valid->size(0) == grid.size(0) && valid->size(1) == grid.size(1) &&
+                             valid->device() == grid.device()),
+      "interpolate_grid: valid must be a bool tensor [R, K] beside grid.");
+  constexpr const char* kNames[] = {"bilinear", "slerp", "nearest"};
+  for (int i = 0; i < 3; ++i) {
+    if (mode == kNames[i]) {
+      return static_cast<GridMode>(i);
+    }
+  }
+  STD_TORCH_CHECK(false, "interpolate_grid: mode is ", mode,
+                  ", but it must be bilinear, slerp or nearest.");
 }
 
 inline void check_noise(const torch::stable::Tensor& out, int64_t first_row, int64_t step) {

@@ -6,6 +6,7 @@ STABLE_TORCH_LIBRARY(ssldiff, m) {
   m.def(
       "scatter_mean(Tensor windows, int[] origins_y, int[] origins_x, float[] weight_y, "
       "float[] weight_x, int height, int width) -> Tensor");
+  m.def("interpolate_grid(Tensor grid, Tensor points, Tensor? valid, str mode) -> Tensor");
   m.def("philox_normal(Tensor(a!) out, int seed, int first_row, int step) -> ()");
   m.def("philox4x32(Tensor counters, int seed) -> Tensor");
   m.def("vq_nearest(Tensor z, Tensor codes) -> (Tensor, Tensor)");

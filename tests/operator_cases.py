@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of all operators share: awkward window lattices, published words and one
+"""What the tests of all operators share: awkward lattices and grids, published words and one
 table of tolerances."""
 
 from __future__ import annotations
@@ -77,3 +77,20 @@ LATTICES = {
     "rows-past-a-tile": Lattice((16, 8), (33, 17), (0, 8, 16, 17), (0, 4, 8, 9), channels=1),
     "wider-than-a-tile": Lattice((4, 600), (6, 1100), (0, 2), (0, 300, 500), hann=True),
 }
+
+
+GRIDS = {  # R, K, T, D
+    "one-cell": (1, 1, 1, 1),
+    "one-row": (1, 6, 1, 19),
+    "one-column": (5, 1, 2, 8),
+    "odd": (5, 7, 3, 37),
+    "wide": (2, 3, 1, 1025),
+}
+
+
+def grid_points(shape: tuple[int, ...]) -> Tensor:  # [70, 2] fp64
+    """Points on, between and beyond the cells of a grid; the first lie on halves of cells."""
+    size = torch.tensor(shape[:2], dtype=torch.float64)
+    points = torch.rand(70, 2, dtype=torch.float64) * (size + 1) - 1
+    points[:30] = (points[:30] * 2).round() / 2
+    return points

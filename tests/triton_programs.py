@@ -7,6 +7,7 @@ JSON object: the name of each case and what was found.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from typing import Any
@@ -14,11 +15,17 @@ from typing import Any
 import torch
 import triton
 
-from operator_cases import KNOWN_WORDS, LATTICES, assert_close
+from operator_cases import GRIDS, KNOWN_WORDS, LATTICES, assert_close, grid_points
+from ssldiff_fast.kernels import interpolate_grid as interpolate_grid_kernels
 from ssldiff_fast.kernels import philox_normal as philox_normal_kernels
 from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
 from ssldiff_fast.kernels import vq_nearest as vq_nearest_kernels
-from ssldiff_fast.ops import philox_normal, scatter_mean_reference, vq_nearest_reference
+from ssldiff_fast.ops import (
+    interpolate_grid_reference,
+    philox_normal,
+    scatter_mean_reference,
+    vq_nearest_reference,
+)
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -44,7 +51,23 @@ def run(device: str) -> dict[str, str]:
         expected_vectors, expected_indices = vq_nearest_reference(z, codes)
         same = torch.equal(indices, expected_indices) and torch.equal(vectors, expected_vectors)
         found[f"vq_nearest {m} x {k} x {d}"] = "" if same else "indices or vectors differ"
-    return {**found, **_run_philox(device)}
+    return {**found, **_run_philox(device), **_run_grids(device)}
+
+
+def _run_grids(device: str) -> dict[str, str]:
+    """Grids with and without missing cells, in every mode."""
+    found = {}
+    for name, mode in itertools.product(GRIDS, interpolate_grid_kernels.MODES):
+        for masked in (False, True):
+            cells, points = torch.randn(GRIDS[name]), grid_points(GRIDS[name])[::7]
+            valid = torch.rand(cells.shape[:2]) < 0.6 if masked else None
+            there = valid.to(device) if valid is not None else None
+            out = interpolate_grid_kernels.interpolate_grid(
+                cells.to(device), points.to(device), there, mode
+            )
+            expected = interpolate_grid_reference(cells.double(), points, mode=mode, valid=valid)
+            found[f"interpolate_grid {name} {mode} {masked}"] = _difference(out.cpu(), expected)
+    return found
 
 
 def _run_philox(device: str) -> dict[str, str]:
@@ -106,6 +129,13 @@ def compile_ahead() -> dict[str, str]:
         flags = {"WIDTH": 3, "BLOCK_M": 64, "BLOCK_K": 128}
         kernel = vq_nearest_kernels.vq_nearest_kernel
         cases.append((f"vq_nearest {dtype}", kernel, {**nearest, **types}, flags))
+    grid = {"points_ptr": "*fp64", "valid_ptr": "*u8"}
+    grid |= dict.fromkeys(("rows", "columns", "tokens", "width"), "i32")
+    for mode, number in interpolate_grid_kernels.MODES.items():
+        types = {"grid_ptr": "*fp32", "out_ptr": "*fp32"}
+        flags = {"HAS_VALID": True, "MODE": number, "BLOCK_D": interpolate_grid_kernels.BLOCK_D}
+        kernel = interpolate_grid_kernels.interpolate_grid_kernel
+        cases.append((f"interpolate_grid {mode}", kernel, {**grid, **types}, flags))
     found = {}
     for name, kernel, types, flags in cases:
         signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}

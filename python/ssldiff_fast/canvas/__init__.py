@@ -3,7 +3,7 @@
 
 from ssldiff_fast.canvas.decode import decode_image, decode_overlapped
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser, WindowDenoiser
-from ssldiff_fast.canvas.field import GridField, interpolate_grid
+from ssldiff_fast.canvas.field import GridField
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.noise import canvas_noise
 from ssldiff_fast.canvas.presets import PRESETS, Preset, get_preset
@@ -23,6 +23,5 @@ __all__ = [
     "decode_image",
     "decode_overlapped",
     "get_preset",
-    "interpolate_grid",
     "sample",
 ]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators: each file holds one, with its equation, reference, checks, gradient and dispatch."""
 
+from .interpolate_grid import interpolate_grid, interpolate_grid_reference
 from .philox_normal import (
     philox4x32,
     philox4x32_reference,
@@ -11,6 +12,8 @@ from .scatter_mean import scatter_mean, scatter_mean_reference
 from .vq_nearest import vq_nearest, vq_nearest_reference
 
 __all__ = [
+    "interpolate_grid",
+    "interpolate_grid_reference",
     "philox4x32",
     "philox4x32_reference",
     "philox_normal",

@@ -281,12 +281,12 @@ class _Plan:
 
     def denoise(self, seed: int, callback: StepCallback | None, progress: bool) -> Tensor:
         """The denoised canvas [C, H, W]."""
-        noise = canvas_noise(seed, self.model.latent_channels, *self.canvas_denoiser.size)
         # The canvas lives where the network does, and so do the averages and the solver's steps.
         device = next(self.model.unet.parameters()).device
+        size = self.canvas_denoiser.size
         return sample(
             self.canvas_denoiser,
-            noise.to(device),
+            canvas_noise(seed, self.model.latent_channels, *size, device=device),
             schedule=self.model.schedule,
             solver=self.preset.solver,
             steps=self.preset.steps,

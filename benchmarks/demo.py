@@ -34,7 +34,7 @@ from ssldiff_fast.slides.reader import open_slide
 def through_autoencoder(
     model: LatentDiffusion,
     image: np.ndarray,  # [H, W, 3] uint8
-    stride: tuple[int, int],
+    preset: str,
 ) -> np.ndarray:  # [H, W, 3] uint8
     """The image after the autoencoder alone, encoded by patches and decoded as a result is."""
     side = model.encoder.spec.patch_px
@@ -43,7 +43,9 @@ def through_autoencoder(
         torch.cat([model.to_latent(patch[None])[0] for patch in row.split(side, 2)], 2)
         for row in pixels.split(side, 1)
     ]
-    return decode_image(model, torch.cat(rows, 1), stride=stride)
+    settings = get_preset(preset)
+    stride, weights = settings.decode_stride(model.window), settings.decode_weights
+    return decode_image(model, torch.cat(rows, 1), stride=stride, weights=weights)
 
 
 def read_image(path: Path) -> np.ndarray:  # [H, W, 3] uint8
@@ -93,8 +95,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[dict[st
         grid, result = Grid.open(made.grid), read_image(made.image)
     model = load(arguments.model)
     real = reference_pixels(slide, grid)
-    stride = get_preset(arguments.preset).decode_stride(model.window)
-    decoded = through_autoencoder(model, real, stride)
+    decoded = through_autoencoder(model, real, arguments.preset)
     ceiling = grid_similarity(
         grid, encode(decoded, model.encoder, source_mpp=grid.mpp, mask=False, progress=False)
     )

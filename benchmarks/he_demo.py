@@ -22,7 +22,6 @@ from torch import Tensor
 
 from demo import read_image, through_autoencoder
 from report import aim, save
-from ssldiff_fast.canvas.presets import get_preset
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.models.load import load
 from ssldiff_fast.slides.encode import encode
@@ -57,8 +56,7 @@ def trial(model: LatentDiffusion, name: str, pixels: np.ndarray, folder: Path) -
 
     grid = grid_of(image)
     made = synthesize(model, grid, folder / f"{Path(name).stem}.png", progress=False)
-    stride = get_preset("fast").decode_stride(model.window)
-    decoded = through_autoencoder(model, image, stride)
+    decoded = through_autoencoder(model, image, "fast")
     mse = float(np.mean((decoded.astype(float) - image) ** 2))
     result = cells(grid_of(read_image(made.path)))
     return Trial(name, cells(grid), result, cells(grid_of(decoded)), mse)

@@ -303,6 +303,7 @@ class _Plan:
             self.model,
             canvas,
             stride=self.decode_stride,
+            weights=self.preset.decode_weights,
             batch_size=self.tiles,
             progress=progress,
         )

@@ -143,3 +143,25 @@ def test_bad_arguments_are_named(
 def decode(latent: Tensor | None = None, model: Any = enlarge, **options: Any) -> object:
     latent = canvas_noise(0, 3, 16, 16) if latent is None else latent
     return decode_image(model, latent, **{"stride": 4, "window": (8, 8), **options})
+
+
+def test_hann_weights_leave_no_line_where_tiles_end_and_the_gaussian_does() -> None:
+    """A decoder that spoils the edge of each tile, as zero padding does."""
+
+    def decode(tiles: torch.Tensor) -> torch.Tensor:
+        image = torch.zeros(len(tiles), 3, 32, 32)
+        image[:, :, :, :1] = 1.0
+        return image
+
+    lines = {}
+    for weights in ("gaussian", "hann"):
+        latent = torch.zeros(3, 8, 40)
+        image = decode_image(decode, latent, stride=4, window=(8, 8), weights=weights)
+        lines[weights] = int(image[:, 16:].astype(int).max() - 127)
+    assert lines["gaussian"] > 15
+    assert lines["hann"] <= 1
+
+
+def test_unknown_weights_are_named() -> None:
+    with pytest.raises(ValueError, match="boxcar"):
+        decode_image(lambda x: x, torch.zeros(3, 8, 8), stride=4, window=(8, 8), weights="boxcar")

@@ -25,6 +25,7 @@ class Preset:
         weights: Window weights in the average.
         interpolation: How the field interpolates the grid.
         decode_overlap: Tiles that cover a latent along each axis of the decode.
+        decode_weights: Weights of a tile's pixels in the decode's blend.
         spacing: Spacing of the timesteps.
         overlapped_steps: Last steps in which shifted windows overlap by a quarter, so that their
             borders blend.
@@ -40,6 +41,7 @@ class Preset:
     weights: str
     interpolation: str
     decode_overlap: int
+    decode_weights: str = "gaussian"
     spacing: str = "trailing"
     overlapped_steps: int = 0
 
@@ -125,6 +127,7 @@ PRESETS: dict[str, Preset] = {
             weights="hann",
             interpolation="bilinear",
             decode_overlap=2,
+            decode_weights="hann",
             overlapped_steps=2,
         ),
     )

@@ -55,7 +55,8 @@ def trial(model: LatentDiffusion, name: str, pixels: np.ndarray, folder: Path) -
         return encode(of, model.encoder, source_mpp=mpp, mask=False, progress=False)
 
     grid = grid_of(image)
-    made = synthesize(model, grid, folder / f"{Path(name).stem}.png", progress=False)
+    out = folder / f"{Path(name).stem}.tif"
+    made = synthesize(model, grid, out, codec="deflate", progress=False)
     decoded = through_autoencoder(model, image, "fast")
     mse = float(np.mean((decoded.astype(float) - image) ** 2))
     result = cells(grid_of(read_image(made.path)))

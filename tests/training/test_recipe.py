@@ -62,7 +62,7 @@ def test_images_are_looked_for_beside_the_recipe_that_names_them(tmp_path: Path)
 
 
 def test_an_unknown_recipe_names_the_bundled_ones() -> None:
-    with pytest.raises(FileNotFoundError, match="neither a file nor one of .*he-demo-encoder"):
+    with pytest.raises(FileNotFoundError, match=r"neither a file nor one of .*he-demo-encoder"):
         find_recipe("nothing-like-it")
 
 

@@ -20,6 +20,7 @@ def enlarge(tiles: Tensor) -> Tensor:
     return torch.nn.functional.interpolate(tiles, scale_factor=4.0)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("stride", [16, 32])
 def test_the_decode_is_the_published_one(stride: int) -> None:
     vae = fill(VQModel(**VQ_SMALL), "first_stage_model.")

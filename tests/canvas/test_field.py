@@ -15,6 +15,7 @@ def grid(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.golden
 def test_slerp_is_that_of_the_published_code() -> None:
     embeddings = golden_input("panorama.embeddings", 4, 48).view(2, 2, 1, 48)
     plan = WindowPlan.regular(128, 128, (64, 64), 16)

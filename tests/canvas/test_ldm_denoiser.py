@@ -30,6 +30,7 @@ def model() -> LatentDiffusion:
     return LatentDiffusion(unet, vae, conditioner, schedule=Schedule(), window=(64, 64)).eval()
 
 
+@pytest.mark.golden
 def test_the_authors_preset_is_the_published_large_image_loop(model: LatentDiffusion) -> None:
     preset, schedule = get_preset("authors"), model.schedule
     grid = golden_input("panorama.embeddings", 4, 48).view(2, 2, 1, 48)

@@ -34,12 +34,14 @@ def vae() -> VQModel:
     return fill(VQModel(**VQ_SMALL))
 
 
+@pytest.mark.golden
 def test_encodes_as_the_published_autoencoder(vae: VQModel) -> None:
     with torch.no_grad():
         z = vae.encode(golden_input("vq.img", 1, 3, 64, 96).tanh())
     assert relative_error(z, golden_output("vq.encode")) < 1e-5
 
 
+@pytest.mark.golden
 def test_decodes_as_the_published_autoencoder(vae: VQModel) -> None:
     z = golden_input("vq.z", 1, 3, 24, 16)
     with torch.no_grad():
@@ -48,6 +50,7 @@ def test_decodes_as_the_published_autoencoder(vae: VQModel) -> None:
     assert relative_error(quantized, golden_output("vq.decode_quantized")) < 1e-5
 
 
+@pytest.mark.golden
 def test_quantises_to_the_published_codes(vae: VQModel) -> None:
     with torch.no_grad():
         codes, indices = vae.quantize(golden_input("vq.z", 1, 3, 24, 16))

@@ -41,6 +41,7 @@ TINY: dict[str, Any] = {
 TINY_CONDITIONED = {**TINY, "use_spatial_transformer": True, "context_dim": 16}
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     ("tag", "config", "tokens"),
@@ -73,6 +74,7 @@ def test_has_exactly_the_published_parameters_in_their_order(
     assert list(ours.items()) == list(published.items())
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_stay_close_and_keep_the_dtype_of_x(dtype: torch.dtype) -> None:
     unet = fill(UNet(**UNET_A))

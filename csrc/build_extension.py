@@ -152,12 +152,17 @@ class BuildOperators(build_ext):
     def get_ext_filename(self, ext_name: str) -> str:
         return ext_name.replace(".", os.sep) + ".so"
 
+    def run(self) -> None:
+        nvcc, cuda_note = find_nvcc(find_torch()[2])
+        if nvcc is None:
+            print(f"ssldiff_fast: CUDA operators {cuda_note}.", flush=True)
+            # Left in the list, an editable install would look for the library that is not made.
+            self.extensions = [ext for ext in self.extensions if ext.name != CUDA_LIBRARY]
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         torch, torch_version, torch_cuda = find_torch()
         nvcc, cuda_note = find_nvcc(torch_cuda)
-        if ext.name == CUDA_LIBRARY and nvcc is None:
-            print(f"ssldiff_fast: CUDA operators {cuda_note}.", flush=True)
-            return
         cxx = find_compiler()
         target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
         shared = [f"-I{torch / 'include'}", f"-DTORCH_TARGET_VERSION={target}ULL"]

@@ -111,8 +111,7 @@ def test_the_architectures_follow_their_variable(
         build._arch_flags()
 
 
-def test_a_wheel_works_in_another_place(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def _copy_sources(source: Path) -> Path:
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md", "csrc", "kernels", "python"):
         if (ROOT / name).is_dir():
@@ -120,6 +119,24 @@ def test_a_wheel_works_in_another_place(tmp_path: Path) -> None:
             shutil.copytree(ROOT / name, source / name, ignore=ignore)
         elif (ROOT / name).exists():
             shutil.copy(ROOT / name, source / name)
+    return source
+
+
+def test_an_editable_install_needs_no_cuda(tmp_path: Path) -> None:
+    source = _copy_sources(tmp_path / "source")
+    code = "from setuptools import build_meta; print(build_meta.build_editable('.'))"
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=source,
+        env={**os.environ, "SSLDIFF_CUDA": "0", "CXXFLAGS": "-O0"},
+        check=True,
+        capture_output=True,
+    )
+    assert [made.name for made in source.rglob("*.so")] == ["libssldiff_cpu.so"]
+
+
+def test_a_wheel_works_in_another_place(tmp_path: Path) -> None:
+    source = _copy_sources(tmp_path / "source")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     made = tmp_path / "wheels"
     subprocess.run(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from report import aim, save
 from ssldiff_fast import _C
-from ssldiff_fast.ops import scatter_mean, scatter_mean_reference
+from ssldiff_fast.ops import WindowPlan, scatter_mean, scatter_mean_reference
 from timing import alternate, arguments, copy_bandwidth, peak_megabytes, ratios_to
 
 CHANNELS, WINDOW, STRIDE = 3, 64, 16
@@ -23,21 +23,21 @@ RTOL, ATOL = 1.3e-6, 1e-5
 
 def candidates(windows: Tensor, size: int) -> dict[str, Callable[[], Tensor]]:
     """Ours by every backend that runs on this device, and the baselines."""
-    origins = list(range(0, size - WINDOW + 1, STRIDE))
-    ones = [1.0] * WINDOW
+    plan = WindowPlan.regular(size, size, (WINDOW, WINDOW), STRIDE)
 
     def ours() -> Tensor:
-        return scatter_mean(windows, origins, origins, ones, ones, height=size, width=size)
+        return scatter_mean(windows, plan)
 
     def triton() -> Tensor:
         from ssldiff_fast.kernels.scatter_mean import scatter_mean as kernel
 
+        origins, ones = list(plan.origins_y), [1.0] * WINDOW
         return kernel(windows, origins, origins, ones, ones, size, size)
 
     def loop() -> Tensor:  # as the published notebook accumulates
         total = torch.zeros(CHANNELS, size, size, device=windows.device)
         count = torch.zeros(CHANNELS, size, size, device=windows.device)
-        places = [(y, x) for y in origins for x in origins]
+        places = plan.origins.tolist()
         for window, (y, x) in zip(windows, places):
             total[:, y : y + WINDOW, x : x + WINDOW] += window
             count[:, y : y + WINDOW, x : x + WINDOW] += 1
@@ -64,13 +64,10 @@ def backend(device: str) -> str:
 
 def measure(device: str, size: int, dtype: torch.dtype) -> dict[str, Any]:
     """Figures of one dtype; what is wrong is not timed."""
-    count = len(range(0, size - WINDOW + 1, STRIDE))
-    windows = torch.randn(count**2, CHANNELS, WINDOW, WINDOW, device=device).to(dtype)
+    plan = WindowPlan.regular(size, size, (WINDOW, WINDOW), STRIDE)
+    windows = torch.randn(len(plan), CHANNELS, WINDOW, WINDOW, device=device).to(dtype)
     functions = candidates(windows, size)
-    origins, ones = [STRIDE * i for i in range(count)], [1.0] * WINDOW
-    expected = scatter_mean_reference(
-        windows.double(), origins, origins, ones, ones, height=size, width=size
-    ).float()
+    expected = scatter_mean_reference(windows.double(), plan).float()
     for function in functions.values():
         torch.testing.assert_close(function(), expected, rtol=RTOL, atol=ATOL)
     times = alternate(functions, device=device)

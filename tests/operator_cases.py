@@ -5,10 +5,11 @@ table of tolerances."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ssldiff_fast.ops import WindowPlan
 
 # torch.testing.assert_close's own, by output dtype. Inputs are rounded to their dtype first and the
 # reference runs in float64 on the rounded values, so what is compared is the operator's own error.
@@ -32,50 +33,48 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol)
 
 
-@dataclass(frozen=True)
-class Lattice:
-    """Arguments of one scatter_mean call besides the windows."""
+def window_plan(
+    window: tuple[int, int],
+    size: tuple[int, int],
+    origins_y: tuple[int, ...],
+    origins_x: tuple[int, ...],
+    *,
+    hann: bool = False,
+    wrap: tuple[bool, bool] = (False, False),
+) -> WindowPlan:
+    """A plan on an awkward lattice."""
+    shapes = [torch.hann_window(n + 2, periodic=False)[1:-1] for n in window]
+    weights = [tuple(shape.tolist()) if hann else (1.0,) * len(shape) for shape in shapes]
+    return WindowPlan(*size, window, origins_y, origins_x, *weights, wrap)
 
-    window: tuple[int, int]
-    size: tuple[int, int]
-    origins_y: tuple[int, ...]
-    origins_x: tuple[int, ...]
+
+@dataclass(frozen=True)
+class Case:
+    """A plan and how many channels its windows have."""
+
+    plan: WindowPlan
     channels: int = 3
-    hann: bool = False
 
     def windows(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        count = len(self.origins_y) * len(self.origins_x)
-        return torch.randn(count, self.channels, *self.window, dtype=torch.float64).to(dtype)
-
-    def weights(self) -> tuple[list[float], list[float]]:
-        if not self.hann:
-            return [1.0] * self.window[0], [1.0] * self.window[1]
-        shapes = [torch.hann_window(n + 2, periodic=False)[1:-1] for n in self.window]
-        return shapes[0].tolist(), shapes[1].tolist()
-
-    def plan(self) -> dict[str, Any]:
-        weight_y, weight_x = self.weights()
-        return {
-            "origins_y": self.origins_y,
-            "origins_x": self.origins_x,
-            "weight_y": weight_y,
-            "weight_x": weight_x,
-            "height": self.size[0],
-            "width": self.size[1],
-        }
+        count = len(self.plan)
+        return torch.randn(count, self.channels, *self.plan.window, dtype=torch.float64).to(dtype)
 
 
-LATTICES = {
-    "one-window": Lattice((8, 8), (8, 8), (0,), (0,)),
-    "one-pixel": Lattice((1, 1), (1, 1), (0,), (0,), channels=1),
-    "width-one": Lattice((5, 1), (9, 3), (0, 3, 4), (0, 1, 2)),
-    "disjoint": Lattice((4, 8), (12, 16), (0, 4, 8), (0, 8), channels=2),
-    "odd-overlap": Lattice((7, 5), (19, 23), (0, 3, 7, 12), (0, 4, 8, 13, 18), hann=True),
-    "flush-border": Lattice((8, 8), (21, 19), (0, 4, 8, 12, 13), (0, 4, 8, 11), hann=True),
-    "full-overlap": Lattice((16, 16), (19, 19), (0, 1, 2, 3), (0, 1, 2, 3), channels=4),
-    "no-channels": Lattice((4, 4), (6, 6), (0, 2), (0, 2), channels=0),
-    "rows-past-a-tile": Lattice((16, 8), (33, 17), (0, 8, 16, 17), (0, 4, 8, 9), channels=1),
-    "wider-than-a-tile": Lattice((4, 600), (6, 1100), (0, 2), (0, 300, 500), hann=True),
+PLANS = {
+    "one-window": Case(window_plan((8, 8), (8, 8), (0,), (0,))),
+    "one-pixel": Case(window_plan((1, 1), (1, 1), (0,), (0,)), channels=1),
+    "width-one": Case(window_plan((5, 1), (9, 3), (0, 3, 4), (0, 1, 2))),
+    "disjoint": Case(window_plan((4, 8), (12, 16), (0, 4, 8), (0, 8)), channels=2),
+    "odd-overlap": Case(window_plan((7, 5), (19, 23), (0, 3, 7, 12), (0, 4, 8, 13, 18), hann=True)),
+    "flush-border": Case(
+        window_plan((8, 8), (21, 19), (0, 4, 8, 12, 13), (0, 4, 8, 11), hann=True)
+    ),
+    "full-overlap": Case(window_plan((16, 16), (19, 19), (0, 1, 2, 3), (0, 1, 2, 3)), channels=4),
+    "no-channels": Case(window_plan((4, 4), (6, 6), (0, 2), (0, 2)), channels=0),
+    "rows-past-a-tile": Case(
+        window_plan((16, 8), (33, 17), (0, 8, 16, 17), (0, 4, 8, 9)), channels=1
+    ),
+    "wider-than-a-tile": Case(window_plan((4, 600), (6, 1100), (0, 2), (0, 300, 500), hann=True)),
 }
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import triton
 
-from operator_cases import GRIDS, KNOWN_WORDS, LATTICES, assert_close, grid_points
+from operator_cases import GRIDS, KNOWN_WORDS, PLANS, assert_close, grid_points
 from ssldiff_fast.kernels import interpolate_grid as interpolate_grid_kernels
 from ssldiff_fast.kernels import philox_normal as philox_normal_kernels
 from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
 from ssldiff_fast.kernels import vq_nearest as vq_nearest_kernels
 from ssldiff_fast.ops import (
+    WindowPlan,
     interpolate_grid_reference,
     philox_normal,
     scatter_mean_reference,
@@ -36,12 +37,11 @@ def run(device: str) -> dict[str, str]:
     plain = (torch.float32, torch.contiguous_format)
     halves = [(dtype, torch.channels_last) for dtype in (torch.bfloat16, torch.float16)]
     every = [plain, *halves, (torch.float64, torch.channels_last)]
-    for name, lattice in LATTICES.items():
+    for name, case in PLANS.items():
         for dtype, layout in every if name == "odd-overlap" else [plain]:
-            windows = lattice.windows(dtype).contiguous(memory_format=layout)
-            plan = {k: list(v) if "_" in k else v for k, v in lattice.plan().items()}
-            out = scatter_mean_kernels.scatter_mean(windows.to(device), *plan.values()).cpu()
-            expected = scatter_mean_reference(windows.double(), **plan)
+            windows = case.windows(dtype).contiguous(memory_format=layout)
+            out = scatter_mean_kernels.scatter_mean(windows.to(device), *raw_plan(case.plan)).cpu()
+            expected = scatter_mean_reference(windows.double(), case.plan)
             found[f"scatter_mean {name} {dtype} {layout}"] = _difference(out, expected)
     for m, k, d in ((1, 1, 1), (19, 7, 3), (64, 128, 3), (65, 257, 4), (0, 5, 3)):
         z, codes = ((torch.randn(n, d) * 8).round() / 8 for n in (m, k))
@@ -52,6 +52,12 @@ def run(device: str) -> dict[str, str]:
         same = torch.equal(indices, expected_indices) and torch.equal(vectors, expected_vectors)
         found[f"vq_nearest {m} x {k} x {d}"] = "" if same else "indices or vectors differ"
     return {**found, **_run_philox(device), **_run_grids(device)}
+
+
+def raw_plan(plan: WindowPlan) -> list[Any]:
+    """What the registered operator takes of a plan."""
+    axes = [plan.origins_y, plan.origins_x, plan.weight_y, plan.weight_x]
+    return [*(list(values) for values in axes), plan.height, plan.width]
 
 
 def _run_grids(device: str) -> dict[str, str]:

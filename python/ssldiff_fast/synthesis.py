@@ -24,10 +24,10 @@ from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.noise import canvas_noise, check_seed
 from ssldiff_fast.canvas.presets import Preset, get_preset
 from ssldiff_fast.canvas.sampler import StepCallback, sample
-from ssldiff_fast.canvas.windows import window_strides
 from ssldiff_fast.encoders.spec import EncoderSpec
 from ssldiff_fast.models.conditioner import PatchRegionConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.ops.window_plan import window_strides
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.output import check_output
 from ssldiff_fast.slides.writers import check_suffix, open_writer

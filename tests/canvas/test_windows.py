@@ -122,11 +122,21 @@ def test_weights_are_symmetric_and_above_zero(name: str, size: int) -> None:
         (lambda: WindowPlan.regular(64, 64, (0, 32), 8), r"window is \(0, 32\)"),
         (lambda: WindowPlan.regular(64, 64, (32, 32), 8, "flat"), "weights is 'flat'"),
         (lambda: ShiftedWindows(64, 64, (32, 32), seed=0, weights="flat"), "weights is 'flat'"),
-        (lambda: plan(origins_y=(0, 9)), "origins_y has 9"),
-        (lambda: plan(origins_y=(0,)), "origins_y is .0.*cover 0 to 16"),
-        (lambda: plan(origins_y=(8, 0)), "must ascend"),
-        (lambda: plan(weight_y=(1.0, 1.0)), "weights beside origins_y are 2"),
-        (lambda: plan(weight_y=(0.0,) * 8), "all above zero"),
+        (lambda: plan(origins_y=(0, 9)), "origins_y holds 9.*must start from 0 to 8"),
+        (lambda: plan(origins_y=(-1, 8)), "origins_y holds -1"),
+        (lambda: plan(origins_y=(0,)), "origins_y leaves position 8 of 16 without a window"),
+        (lambda: plan(origins_y=()), "origins_y leaves position 0 of 16 without a window"),
+        (lambda: plan(origins_y=(1, 8)), "origins_y leaves position 0 of 16 without a window"),
+        (lambda: plan(origins_y=(0, 0, 8)), "origins_y holds 0 after 0.* must ascend"),
+        (lambda: plan(weight_y=(1.0, 1.0)), "weight_y has 2 entries, but windows are 8 latents"),
+        (lambda: plan(weight_y=(0.0,) * 8), "weight_y sums to zero at position 0"),
+        (lambda: plan(weight_y=(1.0,) * 7 + (0.0,)), "weight_y sums to zero at position 7"),
+        (lambda: plan(weight_y=(-1.0,) * 8), "weight_y holds -1.0"),
+        (lambda: plan(weight_y=(float("nan"),) * 8), "weight_y holds nan"),
+        (lambda: wrapped(origins_y=(0, 16)), "origins_y holds 16.*must start from 0 to 15"),
+        (lambda: wrapped(origins_y=(0, 6)), "origins_y leaves position 14 of 16"),
+        (lambda: wrapped(origins_y=(4, 13)), "origins_y leaves position 12 of 16"),
+        (lambda: wrapped(origins_y=(6, 12)), "origins_y leaves position 4 of 16"),
     ],
 )
 def test_impossible_plans_are_refused(make: Callable[[], object], message: str) -> None:
@@ -138,3 +148,51 @@ def plan(
     origins_y: tuple[int, ...] = (0, 8), weight_y: tuple[float, ...] = (1.0,) * 8
 ) -> WindowPlan:
     return WindowPlan(16, 8, (8, 8), origins_y, (0,), weight_y, (1.0,) * 8)
+
+
+def wrapped(origins_y: tuple[int, ...]) -> WindowPlan:
+    ones = (1.0,) * 8
+    return WindowPlan(16, 8, (8, 8), origins_y, (0,), ones, ones, wrap=(True, False))
+
+
+@given(st.integers(1, 12), st.integers(0, 40), st.integers(-50, 50), st.data())
+def test_windows_that_wrap_cover_every_pixel(
+    window: int, more: int, offset: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, window))
+    size = window + more
+    options = {"stride": stride, "wrap": (True, False)}
+    plans = [
+        WindowPlan.regular(size, size, (window, window), **options),
+        WindowPlan.shifted(size, size, (window, window), (offset, offset), **options),
+    ]
+    for plan in plans:
+        count = torch.zeros(size, dtype=torch.long)
+        for y in plan.origins_y:
+            count[torch.arange(y, y + window) % size] += 1
+        assert int(count.min()) >= 1
+
+
+def test_wrapped_lattices_go_through_the_border() -> None:
+    assert WindowPlan.regular(40, 40, (16, 16), 8, wrap=(True, False)).origins_y == (
+        *range(0, 40, 8),
+    )
+    plan = WindowPlan.shifted(40, 40, (16, 16), (11, 0), wrap=(True, True))
+    assert plan.origins_y == (3, 11, 27)
+    assert plan.scaled(2, torch.ones(32), torch.ones(32)).wrap == (True, True)
+
+
+def test_a_canvas_row_knows_the_window_rows_that_cover_it() -> None:
+    plan = WindowPlan.regular(40, 8, (8, 8), 4)
+    assert plan.window_rows(0, 1) == [0]
+    assert plan.window_rows(7, 9) == [0, 1, 2]
+    assert plan.window_rows(39, 40) == [8]
+    around = WindowPlan.regular(40, 8, (8, 8), 4, wrap=(True, False))
+    assert around.window_rows(0, 1) == [0, 9]
+    assert around.window_rows(36, 40) == [8, 9]
+
+
+def test_the_origins_of_some_windows_are_those_of_their_numbers() -> None:
+    plan = WindowPlan.regular(64, 96, (32, 32), 16)
+    index = torch.tensor([7, 0, 7, 14])
+    assert torch.equal(plan.origins_of(index), plan.origins[index])

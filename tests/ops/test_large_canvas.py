@@ -9,24 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssldiff_fast.ops import scatter_mean
+from ssldiff_fast.ops import WindowPlan, scatter_mean
 
 WINDOW, LATTICE = (1024, 1025), (32, 64)  # disjoint windows, so the mean is the window itself
 GIGABYTES = 24
 
 
-def _registered(windows: Tensor, *plan: list[int] | list[float], height: int, width: int) -> Tensor:
-    return scatter_mean(windows, *plan, height=height, width=width)
-
-
-def _triton(windows: Tensor, *plan: list[int] | list[float], height: int, width: int) -> Tensor:
+def _triton(windows: Tensor, plan: WindowPlan) -> Tensor:
     from ssldiff_fast.kernels.scatter_mean import scatter_mean as kernel
 
-    return kernel(windows, *plan, height, width)
+    axes = [plan.origins_y, plan.origins_x, plan.weight_y, plan.weight_x]
+    return kernel(windows, *(list(values) for values in axes), plan.height, plan.width)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("function", [_registered, _triton])
+@pytest.mark.parametrize("function", [scatter_mean, _triton])
 def test_a_canvas_beyond_32_bits_is_gathered_from_the_right_places(
     function: Callable[..., Tensor],
 ) -> None:
@@ -34,15 +31,7 @@ def test_a_canvas_beyond_32_bits_is_gathered_from_the_right_places(
         pytest.skip(f"needs a GPU with {GIGABYTES} GB")
     (h, w), (rows, columns) = WINDOW, LATTICE
     windows = torch.randn(rows * columns, 1, h, w, device="cuda", dtype=torch.bfloat16)
-    canvas = function(
-        windows,
-        [h * i for i in range(rows)],
-        [w * i for i in range(columns)],
-        [1.0] * h,
-        [1.0] * w,
-        height=h * rows,
-        width=w * columns,
-    )
+    canvas = function(windows, WindowPlan.regular(h * rows, w * columns, WINDOW, WINDOW))
     assert canvas.numel() > 2**31
     assert windows.numel() > 2**31
     for row, expected in enumerate(windows.view(rows, columns, h, w)):

@@ -8,7 +8,8 @@ from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.noise import canvas_noise
 from ssldiff_fast.canvas.presets import PRESETS, Preset, get_preset
 from ssldiff_fast.canvas.sampler import sample
-from ssldiff_fast.canvas.windows import ShiftedWindows, WindowPlan
+from ssldiff_fast.canvas.windows import ShiftedWindows
+from ssldiff_fast.ops import WindowPlan
 
 __all__ = [
     "PRESETS",

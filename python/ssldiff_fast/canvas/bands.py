@@ -9,13 +9,13 @@ the bytes do not depend on how many.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ssldiff_fast._checks import check_positive
-from ssldiff_fast.canvas.windows import WindowPlan
-from ssldiff_fast.ops import scatter_mean
+from ssldiff_fast.ops import WindowPlan, scatter_mean
 
 # Window outputs held before they are averaged. More saves repeated work where bands meet.
 _HELD_BYTES = 64 * 2**20
@@ -82,15 +82,12 @@ def blend_window_rows(
         if final == done:
             continue
         base = plan.origins_y[first]
-        band = scatter_mean(
-            torch.cat(held),
-            [y - base for y in plan.origins_y[first : index + 1]],
-            list(plan.origins_x),
-            plan.weight_y,
-            plan.weight_x,
+        part = replace(
+            plan,
             height=plan.origins_y[index] + h - base,
-            width=plan.width,
+            origins_y=tuple(y - base for y in plan.origins_y[first : index + 1]),
         )
+        band = scatter_mean(torch.cat(held), part)
         yield band[:, done - base : final - base]
         done = final
         while held and plan.origins_y[first] + h <= done:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ssldiff_fast._checks import check_choice, check_finite, check_positive, check_shape
 from ssldiff_fast.canvas.bands import blend_window_rows, crop_windows, micro_batches
-from ssldiff_fast.canvas.windows import WEIGHTS, WindowPlan
+from ssldiff_fast.ops.window_plan import WEIGHTS, WindowPlan
 
 Pixels = npt.NDArray[np.uint8]
 DecodeTiles = Callable[[Tensor], Tensor]  # [B, C, h, w] -> [B, 3, h * f, w * f] in [-1, 1]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ssldiff_fast._checks import check_dtype, check_positive, check_shape
 from ssldiff_fast.canvas.bands import blend_window_rows, crop_windows, micro_batches
-from ssldiff_fast.canvas.windows import WindowPlan
 from ssldiff_fast.diffusion.guidance import guide
+from ssldiff_fast.ops import WindowPlan
 
 # Whatever a denoiser keeps between `prepare` and its calls.
 State: TypeAlias = Any

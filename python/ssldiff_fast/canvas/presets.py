@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ssldiff_fast._checks import check_choice
-from ssldiff_fast.canvas.windows import ShiftedWindows, WindowPlan
+from ssldiff_fast.canvas.windows import ShiftedWindows
+from ssldiff_fast.ops import WindowPlan
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ from .philox_normal import (
 )
 from .scatter_mean import scatter_mean, scatter_mean_reference
 from .vq_nearest import vq_nearest, vq_nearest_reference
+from .window_plan import WindowPlan
 
 __all__ = [
+    "WindowPlan",
     "interpolate_grid",
     "interpolate_grid_reference",
     "philox4x32",

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from .. import _C, _checks
 from ._register import register
+from .window_plan import WindowPlan
 
 _CALL = "scatter_mean"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -19,18 +18,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def scatter_mean(
     windows: Tensor,  # [P * Q, C, h, w] fp32 | bf16 | fp16 | fp64
-    origins_y: Sequence[int] | Tensor,  # [P], ascending
-    origins_x: Sequence[int] | Tensor,  # [Q], ascending
-    weight_y: Sequence[float] | Tensor,  # [h]
-    weight_x: Sequence[float] | Tensor,  # [w]
-    *,
-    height: int,
-    width: int,
+    plan: WindowPlan,
 ) -> Tensor:  # [C, H, W] fp32 (fp64 for fp64)
     r"""Weighted mean of overlapping windows on the canvas.
 
-    With the windows' origins on the separable lattice `origins_y` x `origins_x` and weights
-    `w(u, v) = weight_y[u] weight_x[v]`,
+    With the plan's origins and its weights `w(u, v) = weight_y[u] weight_x[v]`,
 
         out(y, x) = sum_k w(y - y_k, x - x_k) windows_k(y - y_k, x - x_k)
                     / sum_k w(y - y_k, x - x_k)                                         (Eq. 6)
@@ -41,53 +33,39 @@ def scatter_mean(
 
     Contiguous and channels-last windows are read where they lie; other strides are copied first.
     A NaN in a window reaches the pixels that this window covers, and no others. Gradients flow to
-    `windows` only. Under `torch.compile` pass origins and weights as tuples: a tensor's values are
-    not known while a graph is made.
+    `windows` only.
 
     Args:
-        windows: the windows, row-major over the lattice.
-        origins_y: the lattice's rows, in latents; the first is 0, the last is `height - h`.
-        origins_x: the lattice's columns, in latents; the first is 0, the last is `width - w`.
-        weight_y: weight of each row of a window, finite and not negative.
-        weight_x: weight of each column of a window, finite and not negative.
-        height: rows of the canvas, in latents.
-        width: columns of the canvas, in latents.
+        windows: all windows of the plan, in its order.
+        plan: the canvas, the windows' origins and their weights.
 
     Returns:
-        The canvas [C, height, width].
+        The canvas [C, H, W].
 
     Raises:
         TypeError: a tensor of another dtype, or no tensor.
-        ValueError: shapes that disagree, a window larger than the canvas, origins that leave it or
-            leave a pixel uncovered, weights that are zero everywhere on some pixel.
+        ValueError: shapes that disagree.
         RuntimeError: the compiled operators are missing.
     """
-    plan = _check(windows, origins_y, origins_x, weight_y, weight_x, height, width)
+    _check(windows, plan)
     _C.require(_CALL)
-    return torch.ops.ssldiff.scatter_mean(windows, *plan, height, width)
+    return torch.ops.ssldiff.scatter_mean(windows, *_arguments(plan))
 
 
 def scatter_mean_reference(
     windows: Tensor,  # [P * Q, C, h, w]
-    origins_y: Sequence[int] | Tensor,  # [P]
-    origins_x: Sequence[int] | Tensor,  # [Q]
-    weight_y: Sequence[float] | Tensor,  # [h]
-    weight_x: Sequence[float] | Tensor,  # [w]
-    *,
-    height: int,
-    width: int,
+    plan: WindowPlan,
 ) -> Tensor:  # [C, H, W]
     """The same in plain PyTorch: the loop that every backend is tested against."""
-    ys, xs, wy, wx = _check(windows, origins_y, origins_x, weight_y, weight_x, height, width)
+    _check(windows, plan)
     _, channels, h, w = windows.shape
     dtype = _accumulator(windows.dtype)
-    a = torch.tensor(wy, dtype=dtype, device=windows.device)
-    b = torch.tensor(wx, dtype=dtype, device=windows.device)
+    a = torch.tensor(plan.weight_y, dtype=dtype, device=windows.device)
+    b = torch.tensor(plan.weight_x, dtype=dtype, device=windows.device)
     weight = a[:, None] * b  # [h, w]
-    total = torch.zeros(channels, height, width, dtype=dtype, device=windows.device)
-    norm = torch.zeros(height, width, dtype=dtype, device=windows.device)
-    origins = [(y, x) for y in ys for x in xs]
-    for window, (y, x) in zip(windows.to(dtype), origins):
+    total = torch.zeros(channels, plan.height, plan.width, dtype=dtype, device=windows.device)
+    norm = torch.zeros(plan.height, plan.width, dtype=dtype, device=windows.device)
+    for window, (y, x) in zip(windows.to(dtype), plan.origins.tolist()):
         total[:, y : y + h, x : x + w] += weight * window
         norm[y : y + h, x : x + w] += weight
     return total / norm
@@ -97,101 +75,29 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check(
-    windows: Tensor,
-    origins_y: Sequence[int] | Tensor,
-    origins_x: Sequence[int] | Tensor,
-    weight_y: Sequence[float] | Tensor,
-    weight_x: Sequence[float] | Tensor,
-    height: int,
-    width: int,
-) -> tuple[list[int], list[int], list[float], list[float]]:
-    _checks.check_shape("windows", windows, "N C h w", call=_CALL)
+def _arguments(plan: WindowPlan) -> tuple[Any, ...]:
+    """What the registered operator takes of a plan."""
+    return (
+        plan.origins_y,
+        plan.origins_x,
+        plan.weight_y,
+        plan.weight_x,
+        plan.height,
+        plan.width,
+    )
+
+
+def _check(windows: Tensor, plan: WindowPlan) -> None:
+    if not isinstance(plan, WindowPlan):
+        raise TypeError(
+            f"{_CALL}: plan is a {type(plan).__name__}, but a WindowPlan was expected; make one "
+            "with WindowPlan.regular."
+        )
+    if any(plan.wrap):
+        raise ValueError(f"{_CALL}: plan wraps around the canvas, which needs a later version.")
+    h, w = plan.window
+    _checks.check_shape("windows", windows, "N C h w", {"N": len(plan), "h": h, "w": w}, call=_CALL)
     _checks.check_dtype("windows", windows, _DTYPES, call=_CALL)
-    ys = _values("origins_y", origins_y, whole=True)
-    xs = _values("origins_x", origins_x, whole=True)
-    wy = _values("weight_y", weight_y)
-    wx = _values("weight_x", weight_x)
-    count, _, h, w = windows.shape
-    if count != len(ys) * len(xs):
-        raise ValueError(
-            f"{_CALL}: windows holds {count} windows, but origins_y x origins_x gives "
-            f"{len(ys)} x {len(xs)} = {len(ys) * len(xs)}; pass one window for each origin."
-        )
-    _check_axis("y", ys, wy, h, "height", height)
-    _check_axis("x", xs, wx, w, "width", width)
-    return ys, xs, wy, wx
-
-
-def _values(name: str, values: Any, *, whole: bool = False) -> list[Any]:
-    """A list of Python numbers from a sequence or a tensor of one dimension."""
-    if isinstance(values, Tensor):
-        if values.dim() != 1 or (whole and (values.is_floating_point() or values.is_complex())):
-            kind = "whole numbers" if whole else "numbers"
-            raise ValueError(
-                f"{_CALL}: {name} is a {str(values.dtype).removeprefix('torch.')} tensor of shape "
-                f"{list(values.shape)}, but one dimension of {kind} was expected."
-            )
-        values = values.tolist()
-    return [int(v) for v in values] if whole else [float(v) for v in values]
-
-
-def _check_axis(
-    axis: str, origins: list[int], weight: list[float], window: int, size_name: str, size: int
-) -> None:
-    if window < 1 or window > size:
-        raise ValueError(
-            f"{_CALL}: {size_name} is {size}, but windows are {window} latents along {axis}; the "
-            f"canvas must be at least one window and the window at least 1."
-        )
-    if len(weight) != window:
-        raise ValueError(
-            f"{_CALL}: weight_{axis} has {len(weight)} entries, but windows are {window} latents "
-            f"along {axis}; pass one weight for each."
-        )
-    covered = 0
-    previous = -1
-    for origin in origins:
-        if origin < 0 or origin > size - window:
-            raise ValueError(
-                f"{_CALL}: origins_{axis} holds {origin}, but a window of {window} fits on "
-                f"{size_name} {size} from 0 to {size - window} only."
-            )
-        if origin <= previous:
-            raise ValueError(
-                f"{_CALL}: origins_{axis} holds {origin} after {previous}, but origins must "
-                f"ascend; sort them and drop repeats."
-            )
-        if origin > covered:
-            break
-        previous = origin
-        covered = origin + window
-    if covered != size:
-        raise ValueError(
-            f"{_CALL}: origins_{axis} leaves position {covered} of {size_name} {size} without a "
-            f"window; every position must be covered."
-        )
-    _check_weight(axis, origins, weight, size)
-
-
-def _check_weight(axis: str, origins: list[int], weight: list[float], size: int) -> None:
-    for value in weight:
-        if not math.isfinite(value) or value < 0:
-            raise ValueError(
-                f"{_CALL}: weight_{axis} holds {value}, but weights must be finite and not "
-                f"negative."
-            )
-    if min(weight) > 0:
-        return
-    positive = [False] * size
-    for origin in origins:
-        for u, value in enumerate(weight):
-            positive[origin + u] |= value > 0
-    if not all(positive):
-        raise ValueError(
-            f"{_CALL}: weight_{axis} sums to zero at position {positive.index(False)}; every "
-            f"position needs a window with a weight above zero."
-        )
 
 
 def _fake(

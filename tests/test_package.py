@@ -63,7 +63,7 @@ def test_missing_operators_say_how_to_build_them(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RuntimeError, match=r"vq_nearest: the compiled operators are missing .*pip"):
         ops.vq_nearest(torch.zeros(1, 3), torch.zeros(1, 3))
     with pytest.raises(RuntimeError, match="scatter_mean: the compiled operators are missing"):
-        ops.scatter_mean(torch.zeros(1, 1, 1, 1), [0], [0], [1.0], [1.0], height=1, width=1)
+        ops.scatter_mean(torch.zeros(1, 1, 1, 1), ops.WindowPlan.regular(1, 1, (1, 1), 1))
 
 
 def test_an_unknown_cpu_path_is_an_error() -> None:

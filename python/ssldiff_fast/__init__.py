@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it. One table serves __getattr__, __dir__ and __all__.
 _EXPORTS = {
     "CanvasDenoiser": "ssldiff_fast.canvas",
+    "Conditioning": "ssldiff_fast.canvas",
     "Encoder": "ssldiff_fast.encoders",
     "EncoderSpec": "ssldiff_fast.encoders",
     "Grid": "ssldiff_fast.slides",
@@ -22,6 +23,8 @@ _EXPORTS = {
     "LatentDiffusion": "ssldiff_fast.models",
     "PRESETS": "ssldiff_fast.canvas",
     "Preset": "ssldiff_fast.canvas",
+    "PromptField": "ssldiff_fast.canvas",
+    "RegionField": "ssldiff_fast.canvas",
     "Schedule": "ssldiff_fast.diffusion",
     "WindowPlan": "ssldiff_fast.canvas",
     "encode": "ssldiff_fast.slides.encode",

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Large images: windows, the field, noise by coordinate, the sampler and tile decoding."""
 
+from ssldiff_fast.canvas.conditioning import Conditioning
 from ssldiff_fast.canvas.decode import decode_image, decode_overlapped
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser, WindowDenoiser
-from ssldiff_fast.canvas.field import GridField
+from ssldiff_fast.canvas.field import GridField, PromptField
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.noise import canvas_noise
 from ssldiff_fast.canvas.presets import PRESETS, Preset, get_preset
+from ssldiff_fast.canvas.regions import RegionField
 from ssldiff_fast.canvas.sampler import sample
 from ssldiff_fast.canvas.windows import ShiftedWindows
 from ssldiff_fast.ops import WindowPlan
@@ -14,9 +16,12 @@ from ssldiff_fast.ops import WindowPlan
 __all__ = [
     "PRESETS",
     "CanvasDenoiser",
+    "Conditioning",
     "GridField",
     "LDMDenoiser",
     "Preset",
+    "PromptField",
+    "RegionField",
     "ShiftedWindows",
     "WindowDenoiser",
     "WindowPlan",

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ssldiff_fast._checks import check_dtype, check_positive, check_shape
 from ssldiff_fast.canvas.bands import blend_window_rows, crop_windows, micro_batches
+from ssldiff_fast.canvas.conditioning import Cond
+from ssldiff_fast.canvas.regions import with_regions
 from ssldiff_fast.diffusion.guidance import guide
 from ssldiff_fast.ops import WindowPlan
 
@@ -40,8 +42,8 @@ class WindowDenoiser(Protocol):
 
     def prepare(
         self,
-        cond: Tensor,  # [N, T, D] fp32, raw embeddings of all windows
-        uncond: Tensor | None,  # [1, T, D] fp32; None where no guidance is wanted
+        cond: Cond,  # [N, T, D] fp32, raw embeddings of all windows; or a `Conditioning`
+        uncond: Cond | None,  # [1, T, D] fp32, or of one; None where no guidance is wanted
     ) -> State:
         """Everything that is independent of t, once per window set."""
         ...
@@ -70,9 +72,19 @@ class Field(Protocol):
         """The canvas (H, W) that it describes, in latents."""
         ...
 
-    def at(self, origins: Tensor) -> Tensor:
-        """[N, 2] int64 window origins -> [N, T, D] fp32."""
+    def at(self, origins: Tensor) -> Cond:
+        """[N, 2] int64 window origins -> [N, T, D] fp32, or a `Conditioning` of N windows.
+
+        A field may have an attribute `uncond`: the conditioning of one window ([1, T, D], ...) that
+        guidance goes away from, such as a negative prompt. Without it that is the zero embedding.
+        """
         ...
+
+
+def unconditional(field: Field, cond: Cond) -> Cond:
+    """What guidance goes away from: the field's `uncond`, or zeros like one window of `cond`."""
+    # The null embedding is the zero vector (what the published models were trained with).
+    return field.uncond if hasattr(field, "uncond") else torch.zeros_like(cond[:1])
 
 
 class CanvasDenoiser:
@@ -108,12 +120,17 @@ class CanvasDenoiser:
             check_positive("rows_held", rows_held, call=call)
         if not math.isfinite(guidance_scale):
             raise ValueError(f"{call}: guidance_scale is {guidance_scale}, but it must be finite.")
-        self.denoiser = denoiser
+        self.denoiser = with_regions(denoiser, [field])
         self.windows = windows
         self.field = field
         self.guidance_scale = float(guidance_scale)
         self.batch_size = batch_size
         self.rows_held = rows_held
+        if self.guidance_scale != 1.0 and getattr(field, "uncond", field) is None:
+            raise ValueError(
+                f"{call}: guidance_scale is {guidance_scale}, but the field has no unconditional "
+                "embedding; give it uncond= (the negative prompt's), or guidance_scale=1."
+            )
         self._prepared: tuple[WindowPlan, State] | None = None
         plan = windows if isinstance(windows, WindowPlan) else windows(0)
         self._check_plan(plan)
@@ -178,8 +195,7 @@ class CanvasDenoiser:
         # One plan for all steps is prepared once; identity first, as plans compare by content.
         if self._prepared is None or (self._prepared[0] is not plan and self._prepared[0] != plan):
             cond = self.field.at(plan.origins)
-            # The null embedding is the zero vector (what the published models were trained with).
-            uncond = torch.zeros_like(cond[:1]) if self.guidance_scale != 1.0 else None
+            uncond = unconditional(self.field, cond) if self.guidance_scale != 1.0 else None
             self._prepared = (plan, self.denoiser.prepare(cond, uncond))
         return self._prepared[1]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The grid of embeddings as a function of position on the canvas (paper section 3.2)."""
+"""Conditioning as a function of position: a grid of embeddings (section 3.2), or one prompt."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ssldiff_fast._checks import check_choice, check_finite, check_shape
+from ssldiff_fast.canvas.conditioning import Conditioning, as_conditioning, one_window
 from ssldiff_fast.ops import interpolate_grid
 from ssldiff_fast.ops.interpolate_grid import MODES
 
@@ -23,6 +24,7 @@ class GridField:
         mode: "bilinear", "slerp" (the published code) or "nearest".
         valid: [R, K] bool; cells that are not take no part. Where none of the four nearest is
             valid the field is zero, the null embedding.
+        uncond: [T, D] what guidance goes away from; the null embedding unless given.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class GridField:
         mode: str = "bilinear",
         *,
         valid: Tensor | None = None,  # [R, K] bool
+        uncond: Tensor | None = None,  # [T, D] fp32
     ) -> None:
         call = "GridField"
         sizes = check_shape("grid", grid, "R K T D", call=call)
@@ -43,6 +46,12 @@ class GridField:
             valid = valid.to("cpu", torch.bool)
         self.grid = grid.detach().to("cpu", torch.float32)
         check_finite("grid", self.grid if valid is None else self.grid[valid], call=call)
+        if uncond is not None:
+            check_shape("uncond", uncond, "T D", sizes, call=call)
+            check_finite("uncond", uncond, call=call)
+        # The null embedding is the zero vector: what the published models were trained with.
+        null = torch.zeros(grid.shape[2:]) if uncond is None else uncond.detach()
+        self.uncond = null.to("cpu", torch.float32)[None]
         self.valid = valid
         self.window = window
         self.mode = mode
@@ -74,3 +83,45 @@ class GridField:
         check_shape("origins", origins, "N 2", call="GridField.at")
         points = origins.to("cpu", torch.float64) / torch.tensor(self.window, dtype=torch.float64)
         return interpolate_grid(self.grid, points, mode=self.mode, valid=self.valid)
+
+
+class PromptField:
+    """One prompt for all windows; it is held once, whatever the canvas.
+
+    Args:
+        cond: the prompt's tokens, [T, D] or [1, T, D], or a `Conditioning` of one window (pooled
+            embeddings, a class).
+        uncond: the negative prompt's, likewise; needed for guidance.
+    """
+
+    # A prompt describes a canvas of any size.
+    size = (2**62, 2**62)
+
+    def __init__(
+        self,
+        cond: Tensor | Conditioning,
+        *,
+        uncond: Tensor | Conditioning | None = None,
+    ) -> None:
+        call = "PromptField"
+        if isinstance(cond, Tensor) and cond.ndim == 2:
+            cond = cond[None]
+        self.cond = as_conditioning(cond, call=call)
+        if len(self.cond) != 1:
+            raise ValueError(
+                f"{call}: cond is for {len(self.cond)} windows, but one prompt was expected: "
+                "[T, D] or [1, T, D]; use RegionField for several prompts."
+            )
+        self.uncond = None if uncond is None else one_window(uncond, call=call).plain()
+
+    def at(self, origins: Tensor) -> Tensor | Conditioning:
+        """The prompt for each of these windows, without a copy.
+
+        Args:
+            origins: [N, 2] int64, (y, x) in latents.
+
+        Returns:
+            [N, T, D], or a `Conditioning` of N windows.
+        """
+        check_shape("origins", origins, "N 2", call="PromptField.at")
+        return self.cond.expand(len(origins)).plain()

@@ -7,16 +7,16 @@
 #include <algorithm>
 
 #include "../checks.h"
-#include "../include/philox.h"
 #include "dispatch.h"
+#include "philox_block.h"
 
 namespace ssldiff {
 namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 256;  // neighbours of one row, drawn together
-constexpr int64_t kGrain = 16;   // blocks of a task at least: about 10 microseconds
+constexpr int64_t kBlock = 256;  // neighbours of one row, drawn by one task
+constexpr int64_t kGrain = 16;   // tasks of a thread at least: some 5 microseconds
 
 struct PhiloxNormal {
   float* out;  // [C, rows, W], contiguous
@@ -24,26 +24,13 @@ struct PhiloxNormal {
   uint64_t seed;
   int64_t first_row, step;
 
-  template <typename Bytes>
-  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes) const {
-    alignas(64) float normals[kBlock];
+  template <int kBytes>
+  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, VectorBytes<kBytes>) const {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t line = task / blocks;
       const int64_t x = task % blocks * kBlock;
-      draw(line / rows, first_row + line % rows, x, normals);
-      std::copy(normals, normals + std::min(kBlock, width - x), out + line * width + x);
-    }
-  }
-
-  // Always a whole block: a constant length is what the compiler vectorises best.
-  SSLDIFF_INLINE void draw(int64_t channel, int64_t y, int64_t x, float* __restrict normals) const {
-    const uint32_t c0 = static_cast<uint32_t>(channel);
-    const uint32_t c1 = static_cast<uint32_t>(y);
-    const uint32_t c2 = static_cast<uint32_t>(x);
-    const uint32_t c3 = static_cast<uint32_t>(step);
-    for (uint32_t i = 0; i < kBlock; ++i) {
-      const PhiloxWords words = philox4x32({c0, c1, c2 + i, c3}, seed);
-      normals[i] = box_muller(words.w0, words.w1);
+      philox_row<kBytes>(seed, line / rows, first_row + line % rows, x, step,
+                         std::min(kBlock, width - x), out + line * width + x);
     }
   }
 };

@@ -68,6 +68,54 @@ inline void check_codes(const torch::stable::Tensor& z, const torch::stable::Ten
                   codes.size(0), ".");
 }
 
+inline void check_tokens(const torch::stable::Tensor& x, const torch::stable::Tensor& values,
+                         const torch::stable::Tensor& norm_weight,
+                         const torch::stable::Tensor& norm_bias,
+                         const std::optional<torch::stable::Tensor>& keys,
+                         const std::optional<torch::stable::Tensor>& offsets, int64_t heads,
+                         double eps) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = x.scalar_type();
+  const ScalarType exact = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double ||
+                      type == ScalarType::BFloat16 || type == ScalarType::Half,
+                  "token_attention: x must be float32, bfloat16, float16 or float64.");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(2) > 0 && eps > 0,
+                  "token_attention: x must be [N, L, C] of a width above zero, and eps above "
+                  "zero.");
+  const auto fits = [&](const torch::stable::Tensor& tensor, int64_t vectors) {
+    return tensor.scalar_type() == exact && tensor.device() == x.device() &&
+           tensor.dim() == (vectors == 0 ? 2 : 3) && tensor.size(0) == x.size(0) &&
+           tensor.size(tensor.dim() - 1) == x.size(2) &&
+           (vectors == 0 || tensor.size(1) == vectors);
+  };
+  if (keys.has_value()) {
+    STD_TORCH_CHECK(keys->dim() == 3 && fits(*keys, keys->size(1)) && fits(values, keys->size(1)),
+                    "token_attention: keys and values must both be [N, S, C] beside x, in float32 "
+                    "(float64 for float64).");
+    STD_TORCH_CHECK(heads > 0 && keys->size(1) > 0 && keys->size(1) % heads == 0,
+                    "token_attention: keys has ", keys->size(1),
+                    " vectors, which do not divide "
+                    "into ",
+                    heads, " heads.");
+    STD_TORCH_CHECK(offsets.has_value() && offsets->scalar_type() == exact &&
+                        offsets->device() == x.device() && offsets->dim() == 2 &&
+                        offsets->size(0) == x.size(0) && offsets->size(1) == keys->size(1),
+                    "token_attention: offsets must be [N, S] beside keys, in their dtype.");
+  } else {
+    STD_TORCH_CHECK(fits(values, 0) && !offsets.has_value() && heads == 1,
+                    "token_attention: without keys, values must be [N, C] beside x, in float32 "
+                    "(float64 for float64), with one head and no offsets.");
+  }
+  for (const torch::stable::Tensor& norm : {norm_weight, norm_bias}) {
+    STD_TORCH_CHECK(norm.dim() == 1 && norm.size(0) == x.size(2) && norm.device() == x.device() &&
+                        norm.scalar_type() == norm_weight.scalar_type() &&
+                        (norm.scalar_type() == type || norm.scalar_type() == exact),
+                    "token_attention: norm_weight and norm_bias must both be [C] beside x, in its "
+                    "dtype or in that of values.");
+  }
+}
+
 // The mode of this name, once everything else has been found right.
 inline GridMode check_grid(const torch::stable::Tensor& grid, const torch::stable::Tensor& points,
                            const std::optional<torch::stable::Tensor>& valid,

@@ -9,6 +9,9 @@ STABLE_TORCH_LIBRARY(ssldiff, m) {
   m.def("interpolate_grid(Tensor grid, Tensor points, Tensor? valid, str mode) -> Tensor");
   m.def("philox_normal(Tensor(a!) out, int seed, int first_row, int step) -> ()");
   m.def("philox4x32(Tensor counters, int seed) -> Tensor");
+  m.def(
+      "token_attention(Tensor x, Tensor values, Tensor norm_weight, Tensor norm_bias, "
+      "Tensor? keys, Tensor? offsets, int heads, float eps) -> (Tensor, Tensor)");
   m.def("vq_nearest(Tensor z, Tensor codes) -> (Tensor, Tensor)");
 }
 

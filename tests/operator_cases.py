@@ -5,6 +5,7 @@ table of tolerances."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,12 @@ from ssldiff_fast.ops import WindowPlan
 
 # torch.testing.assert_close's own, by output dtype. Inputs are rounded to their dtype first and the
 # reference runs in float64 on the rounded values, so what is compared is the operator's own error.
-RTOL_ATOL = {torch.float32: (1.3e-6, 1e-5), torch.float64: (1e-7, 1e-7)}
+RTOL_ATOL = {
+    torch.float32: (1.3e-6, 1e-5),
+    torch.bfloat16: (1.6e-2, 1e-5),
+    torch.float16: (1e-3, 1e-5),
+    torch.float64: (1e-7, 1e-7),
+}
 
 
 # Random123's published vectors for philox4x32 with 10 rounds: counter, key as one seed, words.
@@ -93,3 +99,33 @@ def grid_points(shape: tuple[int, ...]) -> Tensor:  # [70, 2] fp64
     points = torch.rand(70, 2, dtype=torch.float64) * (size + 1) - 1
     points[:30] = (points[:30] * 2).round() / 2
     return points
+
+
+TOKENS = {  # N, L, C, heads, T
+    "one-number": (1, 1, 1, 1, 1),
+    "one-token": (3, 7, 37, 1, 1),
+    "whole-lanes": (2, 5, 64, 1, 1),
+    "two-tokens": (2, 19, 96, 1, 2),
+    "heads": (2, 5, 36, 3, 4),
+    "eight-tokens": (1, 33, 65, 2, 8),
+    "wide": (2, 3, 1030, 5, 3),
+    "no-windows": (0, 4, 8, 1, 2),
+    "no-positions": (2, 0, 8, 1, 1),
+}
+
+
+def token_case(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Arguments of one token_attention call; logits are of order one."""
+    n, length, c, heads, tokens = shape
+    made = {"x": torch.randn(n, length, c) + 1, "norm_weight": torch.randn(c)}
+    made |= {"norm_bias": torch.randn(c), "values": torch.randn(n, c)}
+    if tokens > 1:
+        vectors = (n, heads * tokens)
+        made |= {"values": torch.randn(*vectors, c), "keys": torch.randn(*vectors, c) / c**0.5}
+        made["offsets"] = torch.randn(vectors)
+    return {**{name: tensor.to(dtype) for name, tensor in made.items()}, "heads": heads}
+
+
+def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments, tensors in float64."""
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}

@@ -15,16 +15,27 @@ from typing import Any
 import torch
 import triton
 
-from operator_cases import GRIDS, KNOWN_WORDS, PLANS, assert_close, grid_points
+from operator_cases import (
+    GRIDS,
+    KNOWN_WORDS,
+    PLANS,
+    TOKENS,
+    assert_close,
+    grid_points,
+    in_float64,
+    token_case,
+)
 from ssldiff_fast.kernels import interpolate_grid as interpolate_grid_kernels
 from ssldiff_fast.kernels import philox_normal as philox_normal_kernels
 from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
+from ssldiff_fast.kernels import token_attention as token_attention_kernels
 from ssldiff_fast.kernels import vq_nearest as vq_nearest_kernels
 from ssldiff_fast.ops import (
     WindowPlan,
     interpolate_grid_reference,
     philox_normal,
     scatter_mean_reference,
+    token_attention_reference,
     vq_nearest_reference,
 )
 
@@ -51,7 +62,7 @@ def run(device: str) -> dict[str, str]:
         expected_vectors, expected_indices = vq_nearest_reference(z, codes)
         same = torch.equal(indices, expected_indices) and torch.equal(vectors, expected_vectors)
         found[f"vq_nearest {m} x {k} x {d}"] = "" if same else "indices or vectors differ"
-    return {**found, **_run_philox(device), **_run_grids(device)}
+    return {**found, **_run_philox(device), **_run_grids(device), **_run_tokens(device)}
 
 
 def raw_plan(plan: WindowPlan) -> list[Any]:
@@ -73,6 +84,26 @@ def _run_grids(device: str) -> dict[str, str]:
             )
             expected = interpolate_grid_reference(cells.double(), points, mode=mode, valid=valid)
             found[f"interpolate_grid {name} {mode} {masked}"] = _difference(out.cpu(), expected)
+    return found
+
+
+def _run_tokens(device: str) -> dict[str, str]:
+    """One and several tokens, and rows that are no vectors in memory."""
+    found = {}
+    halves = (torch.bfloat16, torch.float16, torch.float64)
+    for name, shape in TOKENS.items():
+        for dtype in (torch.float32, *(halves if name in ("one-token", "heads") else ())):
+            case = token_case(shape, dtype)
+            vectors = ("values", "keys", "offsets")
+            there = {k: v.to(device) for k, v in case.items() if isinstance(v, torch.Tensor)}
+            exact = torch.float64 if dtype == torch.float64 else torch.float32
+            there |= {k: there[k].to(exact) if k in there else None for k in vectors}
+            there["x"] = there["x"].mT.contiguous().mT
+            made = token_attention_kernels.token_attention(**there, heads=shape[3], eps=1e-5)
+            expected = token_attention_reference(**in_float64(case))
+            for which, out, right in zip("yz", made, expected):
+                difference = _difference(out.cpu(), right)
+                found[f"token_attention {name} {dtype} {which}"] = difference
     return found
 
 
@@ -142,6 +173,14 @@ def compile_ahead() -> dict[str, str]:
         flags = {"HAS_VALID": True, "MODE": number, "BLOCK_D": interpolate_grid_kernels.BLOCK_D}
         kernel = interpolate_grid_kernels.interpolate_grid_kernel
         cases.append((f"interpolate_grid {mode}", kernel, {**grid, **types}, flags))
+    tokens = dict.fromkeys(("length", "width", "heads", "tokens", "blocks"), "i32")
+    tokens |= {"eps": "fp32", **dict.fromkeys(("stride_xn", "stride_xl", "stride_xc"), "i64")}
+    tokens |= {f"{name}_ptr": "*fp32" for name in ("values", "keys", "offsets")}
+    for keys, dtype in itertools.product((False, True), ("bf16", "fp32")):
+        types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "norm_weight", "norm_bias", "y", "z")}
+        flags = {"HAS_KEYS": keys, "BLOCK_L": 8, "BLOCK_C": 512}
+        kernel = token_attention_kernels.token_attention_kernel
+        cases.append((f"token_attention {keys} {dtype}", kernel, {**tokens, **types}, flags))
     found = {}
     for name, kernel, types, flags in cases:
         signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}

@@ -9,11 +9,13 @@ from .philox_normal import (
     philox_normal_reference,
 )
 from .scatter_mean import scatter_mean, scatter_mean_reference
+from .token_attention import few_tokens, token_attention, token_attention_reference
 from .vq_nearest import vq_nearest, vq_nearest_reference
 from .window_plan import WindowPlan
 
 __all__ = [
     "WindowPlan",
+    "few_tokens",
     "interpolate_grid",
     "interpolate_grid_reference",
     "philox4x32",
@@ -22,6 +24,8 @@ __all__ = [
     "philox_normal_reference",
     "scatter_mean",
     "scatter_mean_reference",
+    "token_attention",
+    "token_attention_reference",
     "vq_nearest",
     "vq_nearest_reference",
 ]

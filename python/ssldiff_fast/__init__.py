@@ -36,7 +36,7 @@ _EXPORTS = {
 }
 
 # Rooms that are attributes without an import of their own, as in `sf.ops.scatter_mean`.
-_ROOMS = ("canvas", "diffusion", "encoders", "evaluation", "models", "ops", "slides")
+_ROOMS = ("adapters", "canvas", "diffusion", "encoders", "evaluation", "models", "ops", "slides")
 
 __all__ = ["__version__", *_EXPORTS]
 

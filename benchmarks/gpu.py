@@ -28,6 +28,8 @@ HERE = Path(__file__).parent
 TESTS = ("tests/ops", "tests/canvas", "tests/test_gpu.py")
 BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("scatter_mean.py",),
+    ("interpolate_grid.py",),
+    ("philox_normal.py",),
     ("vq_nearest.py",),
     ("sampler.py",),
     ("sampler.py", "--size", "paper"),

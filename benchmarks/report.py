@@ -4,19 +4,15 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import subprocess
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from ssldiff_fast import _C
+from ssldiff_fast.bench import Case, measure, require_device
+from ssldiff_fast.bench.machine import machine
+from ssldiff_fast.bench.timing import matrix_rate
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,45 +32,6 @@ def _git(*arguments: str) -> str:
         ["git", *arguments], capture_output=True, text=True, check=False, cwd=RESULTS.parent
     )
     return done.stdout.strip()
-
-
-def processor() -> str:
-    """The processor's name and how many cores this process may use."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [li.split(":", 1)[1] for li in info.read_text().splitlines() if "model name" in li]
-        name = names[0].strip() if names else name
-    isa = torch.backends.cpu.get_cpu_capability()
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {isa}"
-
-
-def gpu() -> dict[str, Any] | None:
-    """The GPU's name, memory and versions, and where its operators come from."""
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "memory_gb": round(properties.total_memory / 1e9, 1),
-        "cuda": torch.version.cuda,
-        "triton": importlib.metadata.version("triton") if find_spec("triton") else None,
-        "cuda_operators": _C.CUDA_PROBLEM or "built",
-        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Where a figure was measured."""
-    return {
-        "processor": processor(),
-        "gpu": gpu(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def save(
@@ -100,3 +57,34 @@ def save(
         print(f"{entry['name']}: {entry['value']} (aim {entry['aim']}): {state}")
     print(path)
     return path
+
+
+def save_operator(cases: list[Case]) -> Path:
+    """Measure an operator's cases, the first of them in full view, and save what was found."""
+    operator, device = cases[0].operator, cases[0].device
+    require_device(device)
+    matrix = matrix_rate(device)
+    figures = {case.label: measure(case, matrix) for case in cases}
+    aims = [entry for case in cases for entry in aims_of(case, figures[case.label])]
+    only = figures[""] if list(figures) == [""] else figures
+    return save(operator, {"backend": cases[0].backend, **only}, aims, device)
+
+
+def aims_of(case: Case, figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Which aims of a case its figures meet."""
+    label = f" ({case.label})" if case.label else ""
+    aims = [
+        aim(f"times {baseline}{label}", figures["ratio"][baseline], bound, "at least")
+        for baseline, bound in case.aims.items()
+    ]
+    if case.share_aim is not None:
+        for name, share in figures["share_of_copy"].items():
+            other = "" if name == case.operator else f" ({name})"
+            words = f"share of the copy bandwidth{label}{other}"
+            aims.append(aim(words, share, case.share_aim, "at least"))
+    if case.megabytes_aim is not None and case.operator in figures["peak_megabytes"]:
+        memory = figures["peak_megabytes"][case.operator]
+        aims.append(
+            aim(f"megabytes beside the inputs{label}", memory, case.megabytes_aim, "at most")
+        )
+    return aims

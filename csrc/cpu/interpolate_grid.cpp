@@ -30,8 +30,8 @@ struct InterpolateGrid {
   int64_t rows, columns, tokens, width;
   GridMode mode;
 
-  template <typename Bytes>
-  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes) const {
+  template <int kBytes>
+  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, VectorBytes<kBytes>) const {
     const int64_t size = tokens * width;
     for (int64_t n = begin; n < end; ++n) {
       const GridCorners<T> corners = grid_corners<T>(points + 2 * n, rows, columns, valid);
@@ -47,7 +47,7 @@ struct InterpolateGrid {
       }
       for (int64_t t = 0; t < tokens; ++t) {
         double products[kGridProducts];
-        multiply(cells, products);
+        multiply<kBytes>(cells, products);
         add_cells(cells, slerp_weights(corners, products), width, out + n * size + t * width);
         for (int i = 0; i < 4; ++i) {
           cells[i] += width;
@@ -56,32 +56,52 @@ struct InterpolateGrid {
     }
   }
 
+  // Products of the four vectors with each other, in double. Lanes sum by themselves, so that as
+  // many of them as fit a register pass over the (short) vectors together, the others after them.
+  template <int kBytes>
   SSLDIFF_INLINE void multiply(const T* const* cells, double* products) const {
-    double sums[kGridProducts][kLanes] = {};
-    const int64_t whole = width / kLanes * kLanes;
-    for (int64_t d = 0; d < whole; d += kLanes) {
-      add_products(cells, d, kLanes, sums);
+    constexpr int kTogether = kBytes / static_cast<int>(sizeof(double));
+    double sums[kGridProducts][kLanes];
+    for (int first = 0; first < kLanes; first += kTogether) {
+      multiply_lanes<kBytes>(cells, first, sums);
     }
-    add_products(cells, whole, width - whole, sums);
     for (int i = 0; i < kGridProducts; ++i) {
       products[i] = ((sums[i][0] + sums[i][4]) + (sums[i][2] + sums[i][6])) +
                     ((sums[i][1] + sums[i][5]) + (sums[i][3] + sums[i][7]));
     }
   }
 
-  SSLDIFF_INLINE static void add_products(const T* const* cells, int64_t first, int64_t count,
-                                          double (*sums)[kLanes]) {
-    for (int64_t lane = 0; lane < count; ++lane) {
-      double v[4];
+  // Lane `lane` sums the products at lane, lane + kLanes, lane + 2 kLanes and so on.
+  template <int kBytes>
+  SSLDIFF_INLINE void multiply_lanes(const T* const* cells, int first,
+                                     double (*sums)[kLanes]) const {
+    typedef double Doubles __attribute__((vector_size(kBytes)));
+    typedef T Values __attribute__((vector_size(kBytes * sizeof(T) / sizeof(double))));
+    constexpr int kTogether = kBytes / static_cast<int>(sizeof(double));
+    Doubles sum[kGridProducts] = {};
+    for (int64_t d = first; d < width; d += kLanes) {
+      Doubles v[4];
       for (int i = 0; i < 4; ++i) {
-        v[i] = static_cast<double>(cells[i][first + lane]);
+        Values values = {};
+        if (d + kTogether <= width) {
+          __builtin_memcpy(&values, cells[i] + d, sizeof(values));
+        } else {
+          // Beyond the end: zeros, whose products change no sum.
+          T rest[kTogether] = {};
+          std::copy(cells[i] + d, cells[i] + width, rest);
+          __builtin_memcpy(&values, rest, sizeof(values));
+        }
+        v[i] = __builtin_convertvector(values, Doubles);
       }
       int product = 0;
       for (int i = 0; i < 4; ++i) {
         for (int j = i; j < 4; ++j) {
-          sums[product++][lane] += v[i] * v[j];
+          sum[product++] += v[i] * v[j];
         }
       }
+    }
+    for (int i = 0; i < kGridProducts; ++i) {
+      __builtin_memcpy(&sums[i][first], &sum[i], kBytes);
     }
   }
 

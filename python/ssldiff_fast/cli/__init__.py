@@ -20,6 +20,7 @@ COMMANDS = {
     "encode": "Encode a slide or image to a grid of embeddings.",
     "synthesize": "Synthesize a slide or image from a grid.",
     "train": "Train an autoencoder, an encoder or a diffusion model.",
+    "bench": "Time the operators on this machine, with a roofline plot.",
     "doctor": "Show what was built and found; put it into bug reports.",
 }
 EXIT_ERROR = 2

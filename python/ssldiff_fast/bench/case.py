@@ -110,19 +110,24 @@ def measure(case: Case, matrix: float, rounds: int = 30) -> Figures:
         "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."),
         "gigabytes_per_second": {
-            **{name: round(rate, 2) for name, rate in rates.items()},
-            "copy": round(copy, 2),
+            **{name: _digits(rate) for name, rate in rates.items()},
+            "copy": _digits(copy),
         },
-        "share_of_copy": {name: round(rate / copy, 3) for name, rate in rates.items()},
+        "share_of_copy": {name: _digits(rate / copy) for name, rate in rates.items()},
         "gigaflops": {
-            **{name: round(rate, 2) for name, rate in flops.items()},
-            "matrix product": round(matrix, 2),
+            **{name: _digits(rate) for name, rate in flops.items()},
+            "matrix product": _digits(matrix),
         },
-        "operations_per_byte": round(intensity, 3),
+        "operations_per_byte": _digits(intensity),
         "limit": "matrix rate" if limit == matrix else "copy bandwidth",
-        "share_of_limit": {name: round(rate / limit, 3) for name, rate in flops.items()},
+        "share_of_limit": {name: _digits(rate / limit) for name, rate in flops.items()},
         "peak_megabytes": peak_megabytes(case.functions, case.device),
     }
+
+
+def _digits(value: float) -> float:
+    """Four digits that count: small figures of small inputs do not vanish."""
+    return float(f"{value:.4g}")
 
 
 def once(case: Case, name: str) -> Callable[[], Any]:

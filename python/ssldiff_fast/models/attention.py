@@ -4,15 +4,21 @@
 `SpatialTransformer` is what conditioned models use (Rombach et al., "High-resolution image
 synthesis with latent diffusion models", section 3.3); `AttentionBlock` is the unconditioned
 block of the older models. Shape letters: B batch, C channels, h w window, L = h * w positions,
-T tokens, D width of a token.
+T tokens, D width of a token. What depends on the tokens alone can be prepared once for all
+timesteps: every block takes either the tokens or what its `prepare` made of them.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ssldiff_fast.models.prepared import PreparedContext, TokenVectors
+from ssldiff_fast.ops import few_tokens, token_attention
 
 
 def zeroed(module: nn.Module) -> nn.Module:
@@ -70,6 +76,11 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, width), nn.Dropout(0.0))
 
+    def _out(self) -> nn.Linear:
+        linear = self.to_out[0]
+        assert isinstance(linear, nn.Linear)  # for the type checker
+        return linear
+
     def split_heads(
         self,
         x: Tensor,  # [B, L, heads * head_width]
@@ -82,11 +93,42 @@ class CrossAttention(nn.Module):
         context: Tensor | None = None,  # [B, T, D]
     ) -> Tensor:  # [B, L, C]
         source = x if context is None else context
-        query = self.split_heads(self.to_q(x))
-        key = self.split_heads(self.to_k(source))
-        value = self.split_heads(self.to_v(source))
+        return self.attend(x, self.to_k(source), self.to_v(source))
+
+    def attend(
+        self,
+        x: Tensor,  # [B, L, C]
+        keys: Tensor,  # [B, T, heads * head_width], projected
+        values: Tensor,  # [B, T, heads * head_width], projected
+    ) -> Tensor:  # [B, L, C]
+        """Attention of `x` to keys and values that are projected already."""
+        query, key, value = (self.split_heads(y) for y in (self.to_q(x), keys, values))
         out = F.scaled_dot_product_attention(query, key, value)
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def absorb(
+        self,
+        context: Tensor,  # [B, T, D]
+        norm: nn.LayerNorm,
+    ) -> TokenVectors:
+        """The vectors with which `token_attention` is this attention to `context`.
+
+        `norm` is the LayerNorm before it. For one token neither it nor W_q and W_k are read.
+        """
+        value, out = self.to_v(context), self._out()
+        exact = torch.float64 if context.dtype == torch.float64 else torch.float32
+        if context.shape[1] == 1:
+            return TokenVectors(self.to_out(value)[:, 0].to(exact))
+        key = self.to_k(context).unflatten(-1, (self.heads, -1))
+        # By head: what a key is in the space of LN(x), and what a value adds to x.
+        by_head = self.to_q.weight.unflatten(0, (self.heads, -1))
+        keys = torch.einsum("bthd,hdc->bhtc", key, by_head) / math.sqrt(self.head_width)
+        by_head = out.weight.unflatten(1, (self.heads, -1))
+        value = value.unflatten(-1, (self.heads, -1))
+        values = torch.einsum("bthd,chd->bhtc", value, by_head) + out.bias / self.heads
+        offsets = keys @ norm.bias
+        keys = keys * norm.weight
+        return TokenVectors(*(y.flatten(1, 2).to(exact) for y in (values, keys, offsets)))
 
 
 class BasicTransformerBlock(nn.Module):
@@ -103,14 +145,38 @@ class BasicTransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
+    def prepare(
+        self,
+        context: Tensor,  # [B, T, D]
+    ) -> TokenVectors:
+        """All that `forward` needs of the context, by the way that is faster for its tokens."""
+        attention = self.attn2
+        if few_tokens(self.norm3.normalized_shape[0], attention.heads, context.shape[1]):
+            return attention.absorb(context, self.norm2)
+        return TokenVectors(values=attention.to_v(context), keys=attention.to_k(context))
+
     def forward(
         self,
         x: Tensor,  # [B, L, C]
-        context: Tensor,  # [B, T, D]
+        context: Tensor | TokenVectors,  # [B, T, D], or prepared
     ) -> Tensor:  # [B, L, C]
+        vectors = self.prepare(context) if isinstance(context, Tensor) else context
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        if vectors.keys is None or vectors.offsets is not None:
+            x, normed = token_attention(
+                x,
+                vectors.values,
+                self.norm3.weight,
+                self.norm3.bias,
+                keys=vectors.keys,
+                offsets=vectors.offsets,
+                heads=1 if vectors.keys is None else self.attn2.heads,
+                eps=self.norm3.eps,
+            )
+        else:
+            x = x + self.attn2.attend(self.norm2(x), vectors.keys, vectors.values)
+            normed = self.norm3(x)
+        return x + self.ff(normed)
 
 
 class SpatialTransformer(nn.Module):
@@ -129,6 +195,8 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         inner = heads * head_width
         self.use_checkpoint = use_checkpoint
+        # Where its blocks' vectors begin in a prepared context; the U-Net counts them.
+        self.first_block = 0
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
@@ -139,18 +207,27 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zeroed(nn.Conv2d(inner, channels, 1))
 
+    def prepare(
+        self,
+        context: Tensor,  # [B, T, D]
+    ) -> list[TokenVectors]:
+        """The vectors of each block."""
+        blocks = [b for b in self.transformer_blocks if isinstance(b, BasicTransformerBlock)]
+        return [block.prepare(context) for block in blocks]
+
     def forward(
         self,
         x: Tensor,  # [B, C, h, w]
-        context: Tensor,  # [B, T, D]
+        context: Tensor | PreparedContext,  # [B, T, D], or prepared
     ) -> Tensor:  # [B, C, h, w]
         height, width = x.shape[-2:]
         tokens = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)
-        for block in self.transformer_blocks:
+        for number, block in enumerate(self.transformer_blocks, self.first_block):
+            given = context if isinstance(context, Tensor) else context.blocks[number]
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, context, use_reentrant=False)
+                tokens = checkpoint(block, tokens, given, use_reentrant=False)
             else:
-                tokens = block(tokens, context)
+                tokens = block(tokens, given)
         maps = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         # x first: an elementwise sum takes the memory format of its first operand.
         return x + self.proj_out(maps)

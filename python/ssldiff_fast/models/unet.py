@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssldiff_fast.models.attention import AttentionBlock, SpatialTransformer, zeroed
+from ssldiff_fast.models.prepared import PreparedContext
 from ssldiff_fast.models.unet_blocks import (
     Downsample,
     ResBlock,
@@ -203,6 +204,14 @@ class UNet(nn.Module):
             nn.SiLU(),
             zeroed(nn.Conv2d(channels, config.out_channels, 3, padding=1)),
         )
+        count = 0
+        for transformer in self._transformers():
+            transformer.first_block = count
+            count += len(transformer.transformer_blocks)
+
+    def _transformers(self) -> list[SpatialTransformer]:
+        """Those that take a context, in the order in which they run."""
+        return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
 
     def _res_block(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
         return ResBlock(
@@ -271,11 +280,28 @@ class UNet(nn.Module):
                 stages.append(Stage(*layers))
         return nn.ModuleList(stages), channels
 
+    def prepare(
+        self,
+        context: Tensor,  # [N, T, D]
+    ) -> PreparedContext:
+        """All that the blocks need of the conditioning tokens, once for every timestep.
+
+        The result may be indexed by windows and be passed to `forward` in place of the tokens.
+
+        Raises:
+            ValueError: a shape that does not fit, or a network that takes no context.
+        """
+        self._check_context(context)
+        context = context.to(next(self.time_embed.parameters()).dtype)
+        return PreparedContext(
+            tuple(vectors for t in self._transformers() for vectors in t.prepare(context))
+        )
+
     def forward(
         self,
         x: Tensor,  # [B, C, h, w]
         t: Tensor,  # [B] or [], timesteps
-        context: Tensor | None = None,  # [B, T, D]
+        context: Tensor | PreparedContext | None = None,  # [B, T, D], or prepared
     ) -> Tensor:  # [B, out_channels, h, w], dtype of x
         """Model output for the noisy windows `x` at timesteps `t`.
 
@@ -286,7 +312,7 @@ class UNet(nn.Module):
         dtype = next(self.time_embed.parameters()).dtype
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         hidden = x.to(dtype)
-        context = None if context is None else context.to(dtype)
+        context = context.to(dtype) if isinstance(context, Tensor) else context
         skips: list[Tensor] = []
         for stage in self.input_blocks:
             hidden = stage(hidden, emb, context)
@@ -296,7 +322,9 @@ class UNet(nn.Module):
             hidden = stage(torch.cat([hidden, skips.pop()], dim=1), emb, context)
         return self.out(hidden).to(x.dtype)
 
-    def _check_input(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor:
+    def _check_input(
+        self, x: Tensor, t: Tensor, context: Tensor | PreparedContext | None
+    ) -> Tensor:
         factor = 2 ** (len(self.config.channel_mult) - 1)
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -314,16 +342,29 @@ class UNet(nn.Module):
             raise ValueError(
                 f"UNet: t has shape {list(t.shape)}, expected [{x.shape[0]}] as x has windows."
             )
+        self._check_context(context, x.shape[0])
+        return t
+
+    def _check_context(
+        self, context: Tensor | PreparedContext | None, windows: int | None = None
+    ) -> None:
         if (context is None) != (self.context_dim is None):
             wanted = "no context" if context is not None else f"[B, T, {self.context_dim}]"
             raise ValueError(
                 f"UNet: context is {'missing' if context is None else 'given'}, expected {wanted}."
             )
-        if context is not None:
-            fits = context.ndim == 3 and context.shape[0] == x.shape[0]
+        if isinstance(context, PreparedContext):
+            blocks = sum(len(t.transformer_blocks) for t in self._transformers())
+            if len(context.blocks) != blocks or len(context) != windows:
+                raise ValueError(
+                    f"UNet: context is prepared for {len(context)} windows and "
+                    f"{len(context.blocks)} blocks, expected {windows} and {blocks}; prepare it "
+                    "with this network's prepare, and index it by window."
+                )
+        elif context is not None:
+            fits = context.ndim == 3 and context.shape[1] > 0 and windows in (None, len(context))
             if not fits or context.shape[2] != self.context_dim:
                 raise ValueError(
-                    f"UNet: context has shape {list(context.shape)}, "
-                    f"expected [{x.shape[0]}, T, {self.context_dim}]."
+                    f"UNet: context has shape {list(context.shape)}, expected "
+                    f"[{'N' if windows is None else windows}, T, {self.context_dim}]."
                 )
-        return t

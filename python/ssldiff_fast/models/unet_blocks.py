@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssldiff_fast.models.attention import SpatialTransformer, zeroed
+from ssldiff_fast.models.prepared import PreparedContext
 
 # Longest wavelength of the timestep embedding is 2 pi MAX_PERIOD.
 MAX_PERIOD = 10_000
@@ -141,7 +142,7 @@ class Stage(nn.Sequential):
         self,
         x: Tensor,  # [B, C, h, w]
         emb: Tensor,  # [B, embed_width]
-        context: Tensor | None,  # [B, T, D]
+        context: Tensor | PreparedContext | None,  # [B, T, D], or prepared
     ) -> Tensor:
         for block in self:
             if isinstance(block, ResBlock):

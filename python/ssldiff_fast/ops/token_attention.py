@@ -183,43 +183,41 @@ def _backward(ctx: Any, grad_y: Tensor, grad_z: Tensor) -> tuple[Tensor | None, 
     """Recomputes y from x, so that nothing but x is kept; grad_y and grad_z are [N, L, C]."""
     x, values, norm_weight, keys, offsets = ctx.saved_tensors
     exact = values.dtype
-    wide = x.to(exact)
-    if keys is None:
-        y = wide + values[:, None]
-    else:
-        normed, _, scale = _layer_norm(wide, None, ctx.eps)
-        logits = torch.baddbmm(offsets[:, None], normed, keys.mT)
-        shares = logits.unflatten(-1, (ctx.heads, -1)).softmax(-1).flatten(-2)  # [N, L, S]
-        y = torch.baddbmm(wide, shares, values)
-    grad, grad_weight, grad_bias = _layer_norm_gradient(
-        grad_z.to(exact), y, norm_weight.to(exact), ctx.eps
-    )
-    grad = grad + grad_y.to(exact)
-    if keys is None:
-        grad_values, grad_keys, grad_offsets = grad.sum(1), None, None
-    else:
-        grad_values = shares.mT @ grad
-        grad_shares = (grad @ values.mT) * shares
-        # Of the softmax: shares * (its gradient - the mean of that under shares), head by head.
-        means = grad_shares.unflatten(-1, (ctx.heads, -1)).sum(-1, keepdim=True)
-        means = means.expand(*means.shape[:-1], keys.shape[1] // ctx.heads).flatten(-2)
-        grad_logits = grad_shares - shares * means
-        grad_keys, grad_offsets = grad_logits.mT @ normed, grad_logits.sum(1)
-        grad_normed = grad_logits @ keys
-        along = (grad_normed * normed).mean(-1, keepdim=True)
-        grad = grad + scale * (grad_normed - grad_normed.mean(-1, keepdim=True) - normed * along)
+    # In the sums' own precision also where the caller's backward runs under autocast.
+    with torch.autocast(x.device.type, enabled=False):
+        wide, grad_y, grad_z = (tensor.to(exact) for tensor in (x, grad_y, grad_z))
+        if keys is None:
+            y = wide + values[:, None]
+        else:
+            normed, _, scale = _layer_norm(wide, None, ctx.eps)
+            logits = torch.baddbmm(offsets[:, None], normed, keys.mT)
+            shares = logits.unflatten(-1, (ctx.heads, -1)).softmax(-1).flatten(-2)  # [N, L, S]
+            y = torch.baddbmm(wide, shares, values)
+        grad, grad_weight, grad_bias = _layer_norm_gradient(
+            grad_z, y, norm_weight.to(exact), ctx.eps
+        )
+        grad = grad + grad_y
+        if keys is None:
+            grad_values, grad_keys, grad_offsets = grad.sum(1), None, None
+        else:
+            grad_values = shares.mT @ grad
+            grad_logits = _softmax_gradient(grad @ values.mT, shares, ctx.heads)
+            grad_keys, grad_offsets = grad_logits.mT @ normed, grad_logits.sum(1)
+            grad_normed = grad_logits @ keys
+            along = (grad_normed * normed).mean(-1, keepdim=True)
+            grad_normed = grad_normed - grad_normed.mean(-1, keepdim=True) - normed * along
+            grad = grad + scale * grad_normed
     parameter = norm_weight.dtype
+    norm_gradients = grad_weight.to(parameter), grad_bias.to(parameter)
     # heads, eps
-    return (
-        grad.to(x.dtype),
-        grad_values,
-        grad_weight.to(parameter),
-        grad_bias.to(parameter),
-        grad_keys,
-        grad_offsets,
-        None,
-        None,
-    )
+    return grad.to(x.dtype), grad_values, *norm_gradients, grad_keys, grad_offsets, None, None
+
+
+def _softmax_gradient(grad: Tensor, shares: Tensor, heads: int) -> Tensor:
+    """Of the logits [N, L, heads * T], from that of the shares."""
+    by_head = shares.unflatten(-1, (heads, -1))
+    products = grad.unflatten(-1, (heads, -1)) * by_head
+    return (products - by_head * products.sum(-1, keepdim=True)).flatten(-2)
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a U-Net needs of its conditioning tokens, whatever the timestep: made once, used often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokenVectors:
+    """What one cross-attention needs of the tokens of N windows.
+
+    Either the vectors of `token_attention` (values [N, C] for one token; values and keys
+    [N, heads * T, C] and offsets [N, heads * T] for a few), or, without offsets, the projected
+    keys and values [N, T, heads * head_width] of ordinary attention.
+    """
+
+    values: Tensor
+    keys: Tensor | None = None
+    offsets: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are there."""
+        return [v for v in (self.values, self.keys, self.offsets) if v is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedContext:
+    """The vectors of every transformer block for N windows, in the order in which they run."""
+
+    blocks: tuple[TokenVectors, ...]
+
+    def __len__(self) -> int:
+        return len(self.blocks[0].values)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all vectors."""
+        return sum(tensor.nbytes for block in self.blocks for tensor in block.tensors())
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PreparedContext:
+        """The same with every tensor changed."""
+        return PreparedContext(
+            tuple(TokenVectors(*(change(t) for t in block.tensors())) for block in self.blocks)
+        )
+
+    def __getitem__(self, index: Tensor | slice) -> PreparedContext:
+        """Some of the windows: `index` is [B] int64 or a slice."""
+        return self.map(lambda tensor: tensor[index])
+
+    def followed_by(self, one: PreparedContext) -> PreparedContext:
+        """These windows, then as many of another context that holds a single one."""
+        pairs = zip(self.blocks, one.blocks, strict=True)
+        return PreparedContext(
+            tuple(
+                TokenVectors(
+                    *(
+                        torch.cat((tensor, other.expand_as(tensor)))
+                        for tensor, other in zip(many.tensors(), single.tensors(), strict=True)
+                    )
+                )
+                for many, single in pairs
+            )
+        )

@@ -23,6 +23,7 @@ _EXPORTS = {
     "LatentDiffusion": "ssldiff_fast.models",
     "PRESETS": "ssldiff_fast.canvas",
     "Preset": "ssldiff_fast.canvas",
+    "PatchSynthesis": "ssldiff_fast.patches",
     "PromptField": "ssldiff_fast.canvas",
     "RegionField": "ssldiff_fast.canvas",
     "Schedule": "ssldiff_fast.diffusion",
@@ -33,6 +34,7 @@ _EXPORTS = {
     "sample": "ssldiff_fast.canvas",
     "Synthesis": "ssldiff_fast.synthesis",
     "synthesize": "ssldiff_fast.synthesis",
+    "synthesize_patches": "ssldiff_fast.patches",
 }
 
 # Rooms that are attributes without an import of their own, as in `sf.ops.scatter_mean`.

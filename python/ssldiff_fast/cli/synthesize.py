@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from ..canvas.presets import PRESETS
+from .patches import check_options
+from .patches import synthesize as synthesize_patches
 
 
 @click.command(name="synthesize")
@@ -17,8 +19,11 @@ from ..canvas.presets import PRESETS
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="The image to write, .tif or .png [default: GRID's name with .tif, in this folder].",
+    help="The image to write, .tif or .png, or the folder of patches [default: GRID's name].",
 )
+@click.option("--patches", is_flag=True, help="One image per embedding instead of a large one.")
+@click.option("--seeds", type=click.IntRange(1), help="Images per embedding [default: 1].")
+@click.option("--format", help="Of patches: png, jpeg or shards [default: png].")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--preset", default="fast", show_default=True, help=f"One of {', '.join(PRESETS)}.")
 @click.option("--steps", type=int, help="Steps, in place of the preset's.")
@@ -36,6 +41,9 @@ def command(
     grid: Path,
     model: str,
     out: Path | None,
+    patches: bool,
+    seeds: int | None,
+    format: str | None,
     seed: int,
     preset: str,
     steps: int | None,
@@ -51,6 +59,26 @@ def command(
     overwrite: bool,
 ) -> None:
     """Synthesize the image that GRID (made by `ssldiff encode`) describes."""
+    given = {"stride": stride, "decode_stride": decode_stride, "codec": codec}
+    check_options(patches, {**given, "seeds": seeds, "format": format})
+    if patches:
+        return synthesize_patches(
+            grid,
+            model,
+            out,
+            seed=seed,
+            seeds=seeds,
+            preset=preset,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            batch_size=batch_size,
+            format=format,
+            quality=quality,
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+        )
     import ssldiff_fast as sf
 
     done = sf.synthesize(

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One image per embedding, many at a time (the paper's patch model, section 3.1)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssldiff_fast._checks import check_count
+from ssldiff_fast.canvas.bands import micro_batches
+from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
+from ssldiff_fast.canvas.noise import canvas_noise, check_seed
+from ssldiff_fast.canvas.presets import Preset
+from ssldiff_fast.diffusion.guidance import guide
+from ssldiff_fast.diffusion.solvers import apply_step, denoised, get_solver
+from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.slides.grid import Grid
+from ssldiff_fast.slides.output import atomic_bytes, check_output, make_folder
+from ssldiff_fast.slides.patch_files import (
+    JPEG_QUALITY,
+    Patch,
+    PatchFolder,
+    is_patch_file,
+    patch_name,
+)
+from ssldiff_fast.slides.slide import RGB
+from ssldiff_fast.synthesis import _CPU_TILES, _hash, _loaded, _opened, _settle, _wanted, grid_hash
+
+RECIPE_FILE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class PatchSynthesis:
+    """What a run of patches made.
+
+    Attributes:
+        folder: where they are.
+        made: patches made by this run.
+        kept: patches that were there already.
+        size_px: (width, height) of each.
+        mpp: micrometres per pixel.
+        seconds: of the run.
+        recipe: everything besides the seeds that decides the bytes.
+    """
+
+    folder: Path
+    made: int
+    kept: int
+    size_px: tuple[int, int]
+    mpp: float
+    seconds: float
+    recipe: Mapping[str, Any]
+
+
+def synthesize_patches(
+    model: LatentDiffusion | str | os.PathLike[str],
+    grid: Grid | str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    seed: int = 0,
+    seeds: int = 1,
+    preset: str | Preset = "fast",
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    eta: float | None = None,
+    batch_size: int = 16,
+    format: str = "png",
+    quality: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> PatchSynthesis:
+    """Make one image of every valid cell of a grid, in full batches.
+
+    Files are named `SLIDE_X_Y_sSEED`, X and Y in level-0 pixels of the source. A run that stopped
+    goes on where it was when it is called again: what is there is kept. `recipe.json` in the
+    folder says how the patches were made; another recipe needs another folder, or `overwrite`.
+
+    The noise of a patch is a function of seed, X and Y, and every batch has `batch_size` windows
+    (the last one is filled up), so a patch does not depend on which others are made. The recipe
+    fixes what its rounding depends on: batch size, precision and solver; beyond it there are the
+    kind of processor and, on some, the number of threads.
+
+    Args:
+        model: a loaded model, or what `sf.load` takes.
+        grid: a grid, or the path of its HDF5 file.
+        folder: made if it is not there.
+        seed: the first seed.
+        seeds: how many images of each cell, with seeds `seed`, `seed` + 1, ...
+        preset: solver, steps, eta and guidance: "fast", "paper", "authors" or a `Preset`.
+        steps, guidance_scale, eta: in place of the preset's own.
+        batch_size: windows of one network call.
+        format: "png", "jpeg", or "shards": tar files of 1,000 PNGs, each with its JSON beside,
+            as WebDataset reads them.
+        quality: of JPEG, 90 by default.
+        device, dtype: for a model that is loaded here; load it yourself for anything else.
+        overwrite: make all patches anew.
+        progress: show progress with the time that remains.
+
+    Returns:
+        What was made and what was there, with the recipe.
+
+    Raises:
+        ValueError: the grid is of another encoder, has NaN or no valid cell; a setting is out of
+            range; the folder holds patches of another recipe. Nothing has been written then.
+        OSError: the folder cannot be made or written, or the disk is full; the patches that are
+            there are whole, and the same call goes on.
+        RuntimeError: NaN or infinity appeared; the message names the patch.
+    """
+    call = "synthesize_patches"
+    chosen = _settle(preset, steps=steps, guidance_scale=guidance_scale, eta=eta)
+    batch_size = check_count("batch_size", batch_size, call=call)
+    all_seeds = range(check_seed(seed), check_seed(seed) + check_count("seeds", seeds, call=call))
+    check_seed(all_seeds[-1])
+    cells = _opened(grid)
+    loaded = _loaded(model, device, dtype)
+    cells.check_for(_wanted(loaded, cells))
+    sampler = _PatchSampler(loaded, cells, chosen, batch_size)
+    if format == "jpeg" and quality is None:
+        quality = JPEG_QUALITY
+    recipe = {**sampler.recipe(), "format": format, "quality": quality}
+    metadata = {"synthetic": True, "recipe_hash": _hash(recipe), "mpp": sampler.mpp}
+    # The writer checks format and quality before a folder is made.
+    writer = PatchFolder(Path(folder), format, quality=quality, mpp=sampler.mpp, metadata=metadata)
+    files = writer.files(_patches(cells, all_seeds))
+    target = make_folder(folder)
+    todo = _todo(target, files, recipe, overwrite)
+    count = sum(map(len, todo.values()))
+    needs = writer.needs(count, sampler.size_px)
+    check_output(target / RECIPE_FILE, overwrite=True, needs=needs)
+    if overwrite:
+        _clear(target)
+    _write_recipe(target, recipe, {**metadata, "size_px": list(sampler.size_px)})
+    start = time.perf_counter()
+    images = sampler.images(list(itertools.chain.from_iterable(todo.values())))
+    total = sum(map(len, files.values()))
+    with tqdm(
+        total=total,
+        initial=total - count,
+        desc="patches",
+        unit="patch",
+        disable=not progress,
+    ) as bar:
+        for made in writer.write(todo, images):
+            bar.update(made)
+    seconds = time.perf_counter() - start
+    return PatchSynthesis(
+        target, count, total - count, sampler.size_px, sampler.mpp, seconds, recipe
+    )
+
+
+def _patches(grid: Grid, seeds: Sequence[int]) -> list[Patch]:
+    slide = Path(str(grid.source.get("name") or "grid")).stem
+    side, (left, top) = grid.cell_level0_px, grid.region_px[:2]
+    places = [
+        (row, column, left + column * side, top + row * side)
+        for row, column in torch.nonzero(grid.valid).tolist()
+    ]
+    return [
+        Patch(patch_name(slide, x, y, seed), row, column, x, y, seed)
+        for seed in seeds
+        for row, column, x, y in places
+    ]
+
+
+def _todo(
+    folder: Path,
+    files: Mapping[Path, Sequence[Patch]],
+    recipe: Mapping[str, Any],
+    overwrite: bool,
+) -> dict[Path, Sequence[Patch]]:
+    """The files that are not there yet, or all of them with `overwrite`."""
+    if overwrite:
+        return dict(files)
+    there = {entry.name for entry in os.scandir(folder)}
+    present = [path for path in files if path.name in there]
+    if RECIPE_FILE in there:
+        _check_recipe(folder / RECIPE_FILE, recipe)
+    elif present:
+        raise FileExistsError(
+            f"synthesize_patches: {folder} has {present[0].name} but no {RECIPE_FILE}, so how it "
+            "was made is not known; choose another folder, or overwrite=True (command line: "
+            "--overwrite)."
+        )
+    return {path: patches for path, patches in files.items() if path.name not in there}
+
+
+def _clear(folder: Path) -> None:
+    """Removes patches of earlier runs, before any is made: no recipe stands beside another's."""
+    for entry in list(os.scandir(folder)):
+        if is_patch_file(entry.name):
+            os.unlink(entry.path)
+
+
+def _check_recipe(path: Path, recipe: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(path.read_text())["recipe"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"synthesize_patches: {path} cannot be read as a recipe; remove it together with the "
+            "patches beside it, choose another folder, or overwrite=True (--overwrite)."
+        ) from None
+    difference = _difference(before, json.loads(json.dumps(recipe)))
+    if difference is not None:
+        name, was, now = difference
+        raise ValueError(
+            f"synthesize_patches: the patches in {path.parent} were made with {name} = {was!r}, "
+            f"and {now!r} is wanted now; choose another folder, the same settings, or "
+            "overwrite=True (command line: --overwrite)."
+        )
+
+
+def _difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first setting in which two recipes differ: its name, and both values."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return None if before == now else (name or "recipe", before, now)
+    for key in sorted({*before, *now}):
+        below = f"{name}.{key}" if name else key
+        found = _difference(before.get(key), now.get(key), below)
+        if found is not None:
+            return found
+    return None
+
+
+def _write_recipe(folder: Path, recipe: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    from ssldiff_fast import __version__
+
+    about = {**metadata, "recipe": recipe, "made_by": f"ssldiff_fast {__version__}"}
+    text = json.dumps(about, indent=1, sort_keys=True) + "\n"
+    atomic_bytes(folder / RECIPE_FILE, text.encode())
+
+
+class _PatchSampler:
+    """Embeddings in, pixels out."""
+
+    def __init__(self, model: LatentDiffusion, grid: Grid, preset: Preset, batch_size: int) -> None:
+        self.model, self.grid, self.preset, self.batch_size = model, grid, preset, batch_size
+        self._denoiser = LDMDenoiser(model)
+        self._steps = get_solver(preset.solver)(
+            model.schedule,
+            model.schedule.timesteps(preset.steps, preset.spacing),
+            prediction=model.prediction,
+            eta=preset.eta,
+        )
+        self._device = next(model.unet.parameters()).device
+        on_cpu = self._device.type == "cpu"
+        self._decoded = min(batch_size, _CPU_TILES) if on_cpu else batch_size
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(width, height) of a patch."""
+        h, w = self.model.window
+        return w * self.model.downsample_factor, h * self.model.downsample_factor
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres per pixel: a cell of the grid becomes one window."""
+        return self.grid.mpp * self.grid.cell_px / self.size_px[0]
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything besides the seeds that decides the bytes."""
+        model, preset = self.model, self.preset
+        settings = ("solver", "steps", "spacing", "eta", "guidance_scale")
+        return {
+            "kind": "patches",
+            "model": {
+                "name": model.name,
+                "weights": model.weights_hash,
+                "config": _hash(model.to_config()),
+            },
+            "grid": {
+                "hash": grid_hash(self.grid),
+                "encoder": self.grid.encoder.get("name"),
+                "source": self.grid.source.get("name"),
+                "source_hash": self.grid.source.get("hash"),
+            },
+            **{name: getattr(preset, name) for name in settings},
+            "batch_size": self.batch_size,
+            "decode_batch_size": self._decoded,
+            "dtype": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
+        }
+
+    def images(self, patches: Sequence[Patch]) -> Iterator[RGB]:
+        """The pixels of each patch in turn, uint8 [height, width, 3]."""
+        size = self.batch_size
+        for first in range(0, len(patches), size):
+            some = patches[first : first + size]
+            padded = [*some, *[some[-1]] * (size - len(some))]
+            latents = self._latents(padded)
+            pixels = self._pixels(latents, padded)
+            yield from pixels[: len(some)].numpy()
+
+    @torch.no_grad()
+    def _latents(self, patches: Sequence[Patch]) -> Tensor:
+        """Denoised windows [B, C, h, w]."""
+        cells = torch.stack([self.grid.embeddings[patch.row, patch.column] for patch in patches])
+        guided = self.preset.guidance_scale != 1.0
+        # The null embedding is the zero vector (what the published models were trained with).
+        state = self._denoiser.prepare(cells, torch.zeros_like(cells[:1]) if guided else None)
+        index = torch.arange(len(patches))
+        seeds = [_patch_seed(patch) for patch in patches]
+        x, history = self._noise(seeds, 0), None
+        for number, step in enumerate(self._steps):
+            output = self._denoiser(x, step.time, state, index).float()
+            scale = self.preset.guidance_scale
+            mean = guide(output[0], output[1], scale) if guided else output[0]
+            noise = self._noise(seeds, number + 1) if step.noise else None
+            now = denoised(step, x, mean)
+            x = apply_step(step, x, mean, noise=noise, history=history)
+            history = now
+        self._check_finite(x, patches, "latent", self.model.unet)
+        return x
+
+    def _noise(self, seeds: Sequence[int], step: int) -> Tensor:
+        h, w = self.model.window
+        channels, device = self.model.latent_channels, self._device
+        return torch.stack(
+            [canvas_noise(seed, channels, h, w, step=step, device=device) for seed in seeds]
+        )
+
+    @torch.no_grad()
+    def _pixels(self, latents: Tensor, patches: Sequence[Patch]) -> Tensor:
+        """[B, height, width, 3] uint8 on the CPU."""
+        parameter = next(self.model.vae.parameters())
+        tiles = latents.to(parameter.device, parameter.dtype)
+        decoded = [
+            self.model.from_latent(tiles[index]).float()
+            for index in micro_batches(len(tiles), self._decoded)
+        ]
+        images = torch.cat(decoded)[: len(tiles)]
+        self._check_finite(images, patches, "image", self.model.vae)
+        # Cut off, not rounded, as the published decode does.
+        scaled = ((images + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0
+        return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+    @staticmethod
+    def _check_finite(
+        values: Tensor, patches: Sequence[Patch], what: str, network: torch.nn.Module
+    ) -> None:
+        finite = torch.isfinite(values).flatten(1).all(1)
+        if not bool(finite.all()):
+            patch = patches[int((~finite).nonzero()[0])]
+            dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+            raise RuntimeError(
+                f"synthesize_patches: the {what} of {patch.name} became NaN or infinite in "
+                f"{dtype}; use float32, or check the model's weights and the grid."
+            )
+
+
+def _patch_seed(patch: Patch) -> int:
+    """A seed of its own for every place, whatever grid or batch it is made in."""
+    key = f"{patch.seed}/{patch.x}/{patch.y}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")

@@ -30,6 +30,7 @@ BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("scatter_mean.py",),
     ("interpolate_grid.py",),
     ("philox_normal.py",),
+    ("token_attention.py",),
     ("vq_nearest.py",),
     ("sampler.py",),
     ("sampler.py", "--size", "paper"),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ssldiff_fast import bench, cli
 from ssldiff_fast.bench import interpolate_grid, philox_normal, roofline, run, timing, vq_nearest
+from ssldiff_fast.bench import token_attention as token_bench
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +24,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(timing._MATRIX, "cpu", 64)
     monkeypatch.setitem(philox_normal.SIZES, "cpu", 64)
     monkeypatch.setitem(interpolate_grid.POINTS, "cpu", 80)
+    monkeypatch.setitem(token_bench.SHAPES, "cpu", (2, 8, 64))
     monkeypatch.setitem(bench.OPERATORS, "vq_nearest", lambda d: [vq_nearest.case(d, 300, 40)])
 
 
@@ -97,6 +99,19 @@ def test_without_matplotlib_it_says_what_to_install_before_it_measures(
     error = capsys.readouterr().err
     assert "pip install 'ssldiff_fast[bench]'" in error
     assert "measuring" not in error
+
+
+@pytest.mark.usefixtures("small")
+def test_attention_to_one_and_two_tokens_is_measured_beside_its_parts() -> None:
+    cases = token_bench.cases("cpu")
+    assert [case.label for case in cases[::2]] == ["1 x 1 x 64 float32", "2 x 1 x 64 float32"]
+    for case in cases:
+        figures = bench.measure(case, 1.0, rounds=1)
+        assert ("sum and LayerNorm" in figures["ratio"]) == case.label.startswith("1 x")
+        assert figures["ratio"][token_bench.UNFUSED] > 0
+    cases[0].functions["token_attention"] = cases[1].functions["token_attention"]
+    with pytest.raises(AssertionError, match="token_attention differs from plain attention"):
+        cases[0].check()
 
 
 def test_what_is_wrong_is_not_timed() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from operator_cases import TOKENS, assert_close, in_float64, token_case
 from ssldiff_fast import _C
 from ssldiff_fast.ops import few_tokens, token_attention, token_attention_reference
+from ssldiff_fast.ops.token_attention import MAX_TOKENS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ALL = [pytest.param(shape, id=name) for name, shape in TOKENS.items()]
@@ -285,13 +286,14 @@ def test_it_stays_one_node_under_compile() -> None:
     assert len(nodes) == 1
 
 
-def test_one_token_always_pays_and_many_never() -> None:
-    assert few_tokens(32, 8, 1)
-    assert few_tokens(384, 1, 2)
-    assert few_tokens(384, 1, 8)
-    assert not few_tokens(384, 1, 9)
-    assert not few_tokens(384, 8, 77)
-    assert not few_tokens(32, 8, 4)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_one_token_always_pays_and_many_never(device: str) -> None:
+    assert few_tokens(32, 8, 1, device)
+    assert few_tokens(384, 1, 2, device)
+    assert few_tokens(384, 1, MAX_TOKENS, device)
+    assert not few_tokens(384, 1, MAX_TOKENS + 1, device)
+    assert not few_tokens(384, 8, 77, device)
+    assert not few_tokens(32, 8, 4, device)
 
 
 ONE = token_case((2, 3, 4, 1, 1))

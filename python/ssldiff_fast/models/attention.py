@@ -150,8 +150,8 @@ class BasicTransformerBlock(nn.Module):
         context: Tensor,  # [B, T, D]
     ) -> TokenVectors:
         """All that `forward` needs of the context, by the way that is faster for its tokens."""
-        attention = self.attn2
-        if few_tokens(self.norm3.normalized_shape[0], attention.heads, context.shape[1]):
+        attention, width = self.attn2, self.norm3.normalized_shape[0]
+        if few_tokens(width, attention.heads, context.shape[1], context.device.type):
             return attention.absorb(context, self.norm2)
         return TokenVectors(values=attention.to_v(context), keys=attention.to_k(context))
 

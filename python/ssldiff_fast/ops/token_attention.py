@@ -16,9 +16,10 @@ _CALL = "token_attention"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # More tokens than this are attention's usual business.
 MAX_TOKENS = 8
-# Few enough vectors to be faster than projections: width >= WIDTH_PER_VECTOR * heads * tokens.
-# benchmarks/token_attention.py sweeps heads and tokens of both ways.
-WIDTH_PER_VECTOR = 8
+# What pays: heads * tokens vectors of at least this many times their number in width. Ours takes
+# time by vectors times width, projections by the width's square. benchmarks/token_attention.py
+# sweeps both ways; the GPU's number is estimated from the bandwidth of its first-level cache.
+WIDTH_PER_VECTOR = {"cpu": 6, "cuda": 24}
 
 
 def token_attention(
@@ -110,9 +111,16 @@ def token_attention_reference(
     return y.to(x.dtype), z.to(x.dtype)
 
 
-def few_tokens(width: int, heads: int, tokens: int) -> bool:
-    """Whether `token_attention` is the faster way for so many tokens, not queries and keys."""
-    return tokens == 1 or (tokens <= MAX_TOKENS and width >= WIDTH_PER_VECTOR * heads * tokens)
+def few_tokens(width: int, heads: int, tokens: int, device: str = "cpu") -> bool:
+    """Whether `token_attention` is the faster way for so many tokens, not queries and keys.
+
+    Args:
+        width: C.
+        heads, tokens: of the attention.
+        device: the kind of device, "cpu" or "cuda".
+    """
+    least = WIDTH_PER_VECTOR.get(device, WIDTH_PER_VECTOR["cuda"])
+    return tokens == 1 or (tokens <= MAX_TOKENS and width >= least * heads * tokens)
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

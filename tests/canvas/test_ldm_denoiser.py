@@ -14,11 +14,20 @@ from golden_inputs import (
     golden_output,
     relative_error,
 )
-from ssldiff_fast.canvas import CanvasDenoiser, GridField, LDMDenoiser, get_preset, sample
+from ssldiff_fast.canvas import (
+    CanvasDenoiser,
+    GridField,
+    LDMDenoiser,
+    get_preset,
+    ldm_denoiser,
+    sample,
+)
+from ssldiff_fast.canvas.ldm_denoiser import LDMState
 from ssldiff_fast.diffusion import Schedule
 from ssldiff_fast.models.autoencoder import VQModel
 from ssldiff_fast.models.conditioner import PatchConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.models.prepared import PreparedContext
 from ssldiff_fast.models.unet import UNet
 
 
@@ -71,6 +80,86 @@ def test_a_guided_pair_is_two_evaluations_of_the_network(model: LatentDiffusion)
         alone = denoiser(x, 981.0, denoiser.prepare(embeddings, None), index)
     assert alone.shape == (1, 2, 3, 32, 32)
     torch.testing.assert_close(alone[0], pair[0])
+
+
+class Counter:
+    """How often the U-Net prepared a context, and for how many windows."""
+
+    def __init__(self, model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.windows: list[int] = []
+        prepare = model.unet.prepare
+
+        def counted(context: torch.Tensor) -> PreparedContext:
+            self.windows.append(len(context))
+            return prepare(context)
+
+        monkeypatch.setattr(model.unet, "prepare", counted)
+
+
+def run_twice(
+    denoiser: LDMDenoiser, state: LDMState, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        first = denoiser(x, 981.0, state, torch.tensor([4, 1]))
+        return first, denoiser(x, 981.0, state, torch.tensor([4, 1]))
+
+
+def test_the_blocks_vectors_are_made_once_for_all_steps(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter, denoiser = Counter(model, monkeypatch), LDMDenoiser(model)
+    state = denoiser.prepare(golden_input("some embeddings", 5, 1, 48), torch.zeros(1, 1, 48))
+    first, second = run_twice(denoiser, state, golden_input("some windows", 2, 3, 32, 32))
+    assert counter.windows == [1, 5]
+    assert torch.equal(first, second)
+    # The vectors go with the state, as its owner drops it.
+    del state
+    assert len(denoiser._prepared) == 0
+
+
+def test_what_does_not_fit_is_prepared_again_and_the_bits_are_the_same(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser, x = LDMDenoiser(model), golden_input("some windows", 2, 3, 32, 32)
+    sets = [golden_input(name, 5, 1, 48) for name in ("some embeddings", "others")]
+    states = [denoiser.prepare(cond, torch.zeros(1, 1, 48)) for cond in sets]
+    expected, _ = run_twice(denoiser, states[0], x)
+    one = model.unet.prepare(model.conditioner(torch.zeros(1, 1, 48))).nbytes
+    # Room for one set: each drops the other.
+    monkeypatch.setattr(ldm_denoiser, "PREPARED_BYTES", 6 * one)
+    counter = Counter(model, monkeypatch)
+    for state in (states[1], states[0], states[1], states[0]):
+        made, _ = run_twice(denoiser, state, x)
+    assert torch.equal(made, expected)
+    assert counter.windows == [1, 5] * 4
+    # Room for none: the network prepares each batch by itself.
+    monkeypatch.setattr(ldm_denoiser, "PREPARED_BYTES", 4 * one)
+    fresh = LDMDenoiser(model)
+    made, _ = run_twice(fresh, states[0], x)
+    torch.testing.assert_close(made, expected)
+    assert len(fresh._prepared) == 0
+
+
+def test_a_network_moved_to_another_precision_prepares_anew(model: LatentDiffusion) -> None:
+    half = copy.deepcopy(model)
+    denoiser, x = LDMDenoiser(half), golden_input("some windows", 2, 3, 32, 32)
+    state = denoiser.prepare(golden_input("some embeddings", 5, 1, 48), None)
+    exact, _ = run_twice(denoiser, state, x)
+    half.unet.to(torch.bfloat16)
+    made, _ = run_twice(denoiser, state, x)
+    assert made.dtype == torch.bfloat16
+    assert relative_error(made.float(), exact) < 3e-2
+
+
+def test_gradients_reach_the_embeddings(model: LatentDiffusion) -> None:
+    denoiser, x = LDMDenoiser(model), golden_input("some windows", 2, 3, 32, 32)
+    embeddings = golden_input("some embeddings", 5, 1, 48).requires_grad_()
+    index = torch.tensor([4, 1])
+    with torch.no_grad():
+        denoiser(x, 981.0, denoiser.prepare(embeddings, None), index)
+    denoiser(x, 981.0, denoiser.prepare(embeddings, None), index).square().sum().backward()
+    assert embeddings.grad is not None
+    assert embeddings.grad.flatten(1).abs().sum(1).nonzero().flatten().tolist() == [1, 4]
 
 
 def test_the_direction_of_an_embedding_is_found_before_precision_is_lost(

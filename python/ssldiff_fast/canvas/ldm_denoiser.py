@@ -5,15 +5,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from ssldiff_fast.models.ldm import LatentDiffusion
+    from ssldiff_fast.models.prepared import PreparedContext
+
+# Of prepared vectors, which are some twenty times the tokens: what was used last is kept. A window
+# set that is larger by itself is prepared batch by batch.
+PREPARED_BYTES = 2**28
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LDMState:
     """Conditioning tokens of a window set."""
 
@@ -21,8 +27,20 @@ class LDMState:
     uncond: Tensor | None  # [1, T, context_dim]
 
 
+@dataclass(frozen=True)
+class _Vectors:
+    cond: PreparedContext  # of N windows
+    uncond: PreparedContext | None  # of one
+    kind: tuple[torch.device, torch.dtype]  # of the U-Net that they were made for
+
+
 class LDMDenoiser:
-    """The U-Net and conditioner of a `LatentDiffusion` as a `WindowDenoiser`."""
+    """The U-Net and conditioner of a `LatentDiffusion` as a `WindowDenoiser`.
+
+    What the U-Net's blocks need of the tokens is computed once per window set, not once per step,
+    as long as it fits into PREPARED_BYTES; it is computed again, to the same bits, where it was
+    dropped for another set.
+    """
 
     def __init__(self, model: LatentDiffusion) -> None:
         if model.conditioner is None:
@@ -32,6 +50,8 @@ class LDMDenoiser:
             )
         self.model = model
         self.conditioner = model.conditioner
+        # In the order of their last use; gone with the state that they belong to.
+        self._prepared: WeakKeyDictionary[LDMState, _Vectors] = WeakKeyDictionary()
 
     @property
     def window(self) -> tuple[int, int]:
@@ -69,13 +89,38 @@ class LDMDenoiser:
     ) -> Tensor:
         """[2, B, C, h, w] conditional and unconditional, or [1, B, C, h, w] without guidance."""
         parameter = next(self.model.unet.parameters())
-        # Not waited for: pageable memory has been read on return, and a wait would idle a GPU.
-        context = state.cond[index.to(state.cond.device, non_blocking=True)]
-        pair = 1
-        if state.uncond is not None:
-            pair = 2
-            context = torch.cat((context, state.uncond.expand_as(context)))
+        pair = 1 if state.uncond is None else 2
         stacked = x.to(parameter.device, parameter.dtype).repeat(pair, 1, 1, 1)
         time = torch.full((stacked.shape[0],), t, device=parameter.device)
-        output = self.model.unet(stacked, time, context)
+        output = self.model.unet(stacked, time, self._context(state, index))
         return output.view(pair, x.shape[0], *output.shape[1:]).to(x.device)
+
+    def _context(self, state: LDMState, index: Tensor) -> Tensor | PreparedContext:
+        """What the U-Net takes for these windows, the guided pair one after the other."""
+        # Not waited for: pageable memory has been read on return, and a wait would idle a GPU.
+        index = index.to(state.cond.device, non_blocking=True)
+        vectors = None if torch.is_grad_enabled() else self._vectors(state)
+        if vectors is not None:
+            context = vectors.cond[index]
+            return context if vectors.uncond is None else context.followed_by(vectors.uncond)
+        tokens = state.cond[index]
+        if state.uncond is None:
+            return tokens
+        return torch.cat((tokens, state.uncond.expand_as(tokens)))
+
+    def _vectors(self, state: LDMState) -> _Vectors | None:
+        """The vectors of the whole set, made at its first use; None where they would not fit."""
+        parameter = next(self.model.unet.parameters())
+        kind = parameter.device, parameter.dtype
+        found = self._prepared.pop(state, None)
+        if found is None or found.kind != kind:
+            unet, windows = self.model.unet, len(state.cond)
+            uncond = None if state.uncond is None else unet.prepare(state.uncond)
+            one = unet.prepare(state.cond[:1]) if uncond is None else uncond
+            if one.nbytes * windows > PREPARED_BYTES:
+                return None
+            found = _Vectors(unet.prepare(state.cond), uncond, kind)
+        self._prepared[state] = found
+        while sum(vectors.cond.nbytes for vectors in self._prepared.values()) > PREPARED_BYTES:
+            del self._prepared[next(self._prepared.keys())]
+        return found

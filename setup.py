@@ -16,6 +16,10 @@ if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 from build_extension import extension_arguments  # noqa: E402
+from build_viewer import BuildViewer  # noqa: E402
+
+arguments = extension_arguments()
+arguments["cmdclass"]["build_py"] = BuildViewer
 
 # Folders of data and recipes count as packages too, or setuptools warns of each.
 packages = setuptools.find_namespace_packages(
@@ -26,6 +30,9 @@ setuptools.setup(
     packages=[*packages, "ssldiff_fast.kernels"],
     # kernels/ stands beside csrc/ in the repository and is a subpackage once installed.
     package_dir={"": "python", "ssldiff_fast.kernels": "kernels"},
-    package_data={"ssldiff_fast": ["data/**/*", "py.typed", "**/*.yaml", "**/*.md"]},
-    **extension_arguments(),
+    package_data={
+        "ssldiff_fast": ["data/**/*", "py.typed", "**/*.yaml", "**/*.md"],
+        "ssldiff_fast.viewer": ["static/*"],
+    },
+    **arguments,
 )

@@ -5,14 +5,17 @@
 |---|---|---|
 | `SSLDIFF_CACHE` | `~/.cache/ssldiff_fast` | folder for files fetched once (the demo slide) |
 | `XDG_CACHE_HOME` | `~/.cache` | holds that folder where `SSLDIFF_CACHE` is not set |
+| `DISPLAY`, `WAYLAND_DISPLAY` | unset | without either, on Linux, `ssldiff view` opens no browser |
 
-The build reads `SSLDIFF_CUDA`, `SSLDIFF_CUDA_ARCHS` and `CUDA_HOME` in setup.py, before the
-package exists. The number of threads is PyTorch's (`OMP_NUM_THREADS`, `torch.set_num_threads`).
+The build reads `SSLDIFF_CUDA`, `SSLDIFF_CUDA_ARCHS`, `CUDA_HOME` and `SSLDIFF_VIEWER` in setup.py,
+before the package exists. The number of threads is PyTorch's (`OMP_NUM_THREADS`,
+`torch.set_num_threads`).
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -23,3 +26,10 @@ def cache_dir() -> Path:
         return Path(value).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "ssldiff_fast"
+
+
+def has_display() -> bool:
+    """Whether a browser opened here would be seen; over ssh there is usually no display."""
+    if sys.platform != "linux":
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

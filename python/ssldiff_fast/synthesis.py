@@ -121,7 +121,13 @@ def synthesize(
     cells.check_for(_wanted(loaded, cells))
     plan = _Plan.make(loaded, cells, chosen, seed, stride, decode_stride, batch_size)
     recipe = plan.recipe()
-    metadata = {"synthetic": True, "seed": seed, "recipe": recipe, "recipe_hash": _hash(recipe)}
+    metadata = {
+        "synthetic": True,
+        "seed": seed,
+        "recipe": recipe,
+        "recipe_hash": _hash(recipe),
+        "source_region_px": list(cells.region_px),  # decides no byte, but where to compare
+    }
     width, height = plan.size_px
     with open_writer(
         out,

@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "Make a synthetic slide after a real one, and a picture of both.",
     "encode": "Encode a slide or image to a grid of embeddings.",
     "synthesize": "Synthesize a slide or image from a grid.",
+    "view": "Look at a slide in the browser, alone or beside its reference.",
     "train": "Train an autoencoder, an encoder or a diffusion model.",
     "bench": "Time the operators on this machine, with a roofline plot.",
     "doctor": "Show what was built and found; put it into bug reports.",

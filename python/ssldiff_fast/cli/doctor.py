@@ -14,9 +14,11 @@ from pathlib import Path
 import click
 
 from .. import __version__, settings
+from ..viewer import library
 
 OPTIONAL = {
     "train": ("lightning", "pydantic"),
+    "view": ("starlette", "uvicorn"),
     "quality": ("clean-fid",),
     "bench": ("pytest-benchmark", "matplotlib"),
     "test": ("pytest", "hypothesis", "diffusers", "pyvips"),
@@ -92,7 +94,7 @@ def optional_facts() -> Facts:
         missing = [name for name in names if _version(name) == "not installed"]
         advice = f"; pip install 'ssldiff_fast[{extra}]'"
         facts[extra] = f"without {', '.join(missing)}{advice}" if missing else "complete"
-    return facts
+    return {**facts, "the viewer's library": _viewer_library()}
 
 
 def folder_facts() -> Facts:
@@ -138,6 +140,12 @@ def _facts(section: Callable[[], Facts]) -> Facts:
         return section()
     except Exception as error:  # whatever is broken here is what the report must show
         return {"FAILED": f"{type(error).__name__}: {error}"}
+
+
+def _viewer_library() -> str:
+    if library.present():
+        return f"OpenSeadragon {library.VERSION}"
+    return f"not there; install Node.js with npm, then {library.COMMAND}"
 
 
 def _version(name: str) -> str:

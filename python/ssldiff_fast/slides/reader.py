@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from .images import ImageSlide, read_image
-from .slide import MPP_ANISOTROPY, Slide, check_mpp, hash_file, on_white
+from .slide import MPP_ANISOTROPY, MppError, Slide, check_mpp, hash_file, on_white
 
 
 class OpenSlideSlide(Slide):
@@ -54,13 +54,13 @@ class OpenSlideSlide(Slide):
     def _mpp(self) -> float:
         values = [self.properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
         if values[0] is None or values[1] is None:
-            raise ValueError(
+            raise MppError(
                 f"{self.path} does not say its mpp (micrometres per pixel): give it, for example "
                 "open_slide(path, mpp=0.5) (command line: --mpp 0.5)"
             )
         mpp_x, mpp_y = (check_mpp(float(v), str(self.path)) for v in values if v is not None)
         if abs(mpp_x / mpp_y - 1) > MPP_ANISOTROPY:
-            raise ValueError(
+            raise MppError(
                 f"{self.path} has pixels of {mpp_x:g} x {mpp_y:g} um, expected square ones: give "
                 "one mpp for both, or resample the slide (command line: --mpp 0.5)"
             )
@@ -75,17 +75,22 @@ class OpenSlideSlide(Slide):
         import openslide
 
         down = self._downsamples[level]
+        handle = self._open()
         try:
-            pixels = self._open().read_region(
-                (round(x * down), round(y * down)), level, (width, height)
-            )
+            pixels = handle.read_region((round(x * down), round(y * down)), level, (width, height))
         except openslide.OpenSlideError as error:
-            self.close()  # OpenSlide refuses everything after a failure
+            self._forget(handle)  # OpenSlide refuses everything after a failure
             raise OSError(
                 f"{self.path} could not be read at level {level}, x={x}, y={y} ({error}): the "
                 "file may be truncated"
             ) from None
         return on_white(pixels)
+
+    def _forget(self, handle: Any) -> None:
+        # Not closed here: another thread may be reading. The last one to drop it closes it.
+        with self._lock:
+            if self._handle is handle:
+                self._handle = None
 
     def close(self) -> None:
         with self._lock:
@@ -115,7 +120,7 @@ def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Sli
     Raises:
         FileNotFoundError, IsADirectoryError: no such file.
         OSError: a file that neither OpenSlide nor Pillow or tifffile reads.
-        ValueError: no mpp, an implausible one, or pixels that are not square.
+        MppError: no mpp, an implausible one, or pixels that are not square; a ValueError.
     """
     import openslide
 
@@ -130,7 +135,7 @@ def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Sli
         return OpenSlideSlide(path, mpp)
     pixels, own_mpp, properties = read_image(path)
     if mpp is None and own_mpp is None:
-        raise ValueError(
+        raise MppError(
             f"{path} is a plain image and does not say its mpp (micrometres per pixel): give it, "
             "for example open_slide(path, mpp=0.5) (command line: --mpp 0.5)"
         )

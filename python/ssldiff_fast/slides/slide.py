@@ -28,12 +28,16 @@ HASH_END_BYTES = 16 * 2**20
 RGB = NDArray[np.uint8]  # [h, w, 3]
 
 
+class MppError(ValueError):
+    """A slide or image that does not say its mpp, or says one that cannot be."""
+
+
 def check_mpp(mpp: float, what: str) -> float:
     """The mpp as a float, or an error that says how to give another one."""
     if isinstance(mpp, bool) or not isinstance(mpp, (int, float, np.integer, np.floating)):
         raise TypeError(f"mpp of {what} must be a number, not {type(mpp).__name__}")
     if not MPP_RANGE[0] <= mpp <= MPP_RANGE[1]:  # NaN fails too
-        raise ValueError(
+        raise MppError(
             f"mpp of {what} is {mpp:g} um per pixel, expected {MPP_RANGE[0]:g} to "
             f"{MPP_RANGE[1]:g}: give the right one (command line: --mpp 0.5)"
         )

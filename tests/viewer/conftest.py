@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +21,7 @@ from ssldiff_fast.viewer.image import open_image
 from ssldiff_fast.viewer.scene import Scene
 from ssldiff_fast.viewer.server import PatientProtocol, Server, listen
 
-TOKEN = "secret"
+_NUMBERS = itertools.count()
 
 
 @dataclass
@@ -28,17 +29,18 @@ class Client:
     """Asks a viewer that runs."""
 
     port: int
+    token: str
     scene: Scene
     app: Any
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}/{TOKEN}/"
+        return f"http://127.0.0.1:{self.port}/{self.token}/"
 
     def get(self, path: str, *, method: str = "GET", **headers: str) -> http.client.HTTPResponse:
         """The answer to a path below the secret one, or to an absolute one; `body` is read."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        target = path if path.startswith("/") else f"/{TOKEN}/{path}"
+        target = path if path.startswith("/") else f"/{self.token}/{path}"
         connection.request(method, target, headers=headers)
         answer = connection.getresponse()
         answer.body = answer.read()  # type: ignore[attr-defined]
@@ -49,16 +51,18 @@ class Client:
 @contextmanager
 def running(scene: Scene, protocol: type[PatientProtocol] = PatientProtocol) -> Iterator[Client]:
     """Serves a scene; the server needs no OpenSeadragon for that, only its page does."""
+    # Another path for each, as in life: a browser keeps the tiles of the one before.
+    token = f"secret{next(_NUMBERS)}"
     ready = threading.Event()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "check", lambda: None)
-        app = make_app(scene, token=TOKEN, workers=2)
+        app = make_app(scene, token=token, workers=2)
     server = Server(app, listen(), started=ready.set, protocol=protocol)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         assert ready.wait(20)
-        yield Client(server.port, scene, app)
+        yield Client(server.port, token, scene, app)
     finally:
         server.stop()
         thread.join(20)

@@ -94,7 +94,7 @@ def optional_facts() -> Facts:
         missing = [name for name in names if _version(name) == "not installed"]
         advice = f"; pip install 'ssldiff_fast[{extra}]'"
         facts[extra] = f"without {', '.join(missing)}{advice}" if missing else "complete"
-    return {**facts, "the viewer's library": _viewer_library()}
+    return facts
 
 
 def folder_facts() -> Facts:
@@ -107,7 +107,11 @@ def folder_facts() -> Facts:
     ]
     cache = settings.cache_dir()
     state = "" if cache.is_dir() else " (not made yet)"
-    return {"bundled models": ", ".join(sizes) or "none", "cache": f"{cache}{state}"}
+    return {
+        "bundled models": ", ".join(sizes) or "none",
+        "cache": f"{cache}{state}",
+        "viewer's library": _viewer_library(),
+    }
 
 
 SECTIONS: dict[str, Callable[[], Facts]] = {

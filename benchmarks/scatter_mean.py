@@ -32,7 +32,8 @@ def candidates(windows: Tensor, size: int) -> dict[str, Callable[[], Tensor]]:
         from ssldiff_fast.kernels.scatter_mean import scatter_mean as kernel
 
         origins, ones = list(plan.origins_y), [1.0] * WINDOW
-        return kernel(windows, origins, origins, ones, ones, size, size)
+        geometry = [size, size, 0, 0, 0, size]
+        return kernel(windows, *[None] * 4, origins, origins, ones, ones, geometry, 1.0, True)
 
     def loop() -> Tensor:  # as the published notebook accumulates
         total = torch.zeros(CHANNELS, size, size, device=windows.device)

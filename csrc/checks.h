@@ -14,46 +14,6 @@
 
 namespace ssldiff {
 
-inline void check_axis(const char* name, const std::vector<int64_t>& origins, int64_t window,
-                       const std::vector<double>& weight, int64_t size) {
-  STD_TORCH_CHECK(static_cast<int64_t>(weight.size()) == window, "scatter_mean: weight_", name,
-                  " has ", weight.size(), " entries, but the window has ", window, ".");
-  int64_t covered = 0;
-  int64_t previous = -1;
-  for (const int64_t origin : origins) {
-    STD_TORCH_CHECK(origin > previous && origin <= covered && origin <= size - window,
-                    "scatter_mean: origins_", name,
-                    " must ascend from 0, leave no gap and keep every window on the canvas, but "
-                    "one of them is ",
-                    origin, ".");
-    previous = origin;
-    covered = origin + window;
-  }
-  STD_TORCH_CHECK(covered == size, "scatter_mean: the windows along ", name, " end at ", covered,
-                  ", but the canvas at ", size, ".");
-}
-
-inline void check_lattice(const torch::stable::Tensor& windows,
-                          const std::vector<int64_t>& origins_y,
-                          const std::vector<int64_t>& origins_x,
-                          const std::vector<double>& weight_y, const std::vector<double>& weight_x,
-                          int64_t height, int64_t width) {
-  using torch::headeronly::ScalarType;
-  const ScalarType type = windows.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double ||
-                      type == ScalarType::BFloat16 || type == ScalarType::Half,
-                  "scatter_mean: windows must be float32, bfloat16, float16 or float64.");
-  STD_TORCH_CHECK(windows.dim() == 4, "scatter_mean: windows must have 4 dimensions, but has ",
-                  windows.dim(), ".");
-  STD_TORCH_CHECK(windows.size(2) > 0 && windows.size(3) > 0,
-                  "scatter_mean: windows must not be empty along y or x.");
-  check_axis("y", origins_y, windows.size(2), weight_y, height);
-  check_axis("x", origins_x, windows.size(3), weight_x, width);
-  STD_TORCH_CHECK(windows.size(0) == static_cast<int64_t>(origins_y.size() * origins_x.size()),
-                  "scatter_mean: windows holds ", windows.size(0), " windows, but the lattice has ",
-                  origins_y.size(), " x ", origins_x.size(), " origins.");
-}
-
 inline void check_codes(const torch::stable::Tensor& z, const torch::stable::Tensor& codes) {
   using torch::headeronly::ScalarType;
   const ScalarType type = z.scalar_type();

@@ -3,9 +3,20 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ssldiff, m) {
+  // `geometry` of both: height, width, wrap_y, wrap_x, first row and end of the rows made; of
+  // gather_windows: height, width, wrap_y, wrap_x, the window's height and width, first row.
   m.def(
-      "scatter_mean(Tensor windows, int[] origins_y, int[] origins_x, float[] weight_y, "
-      "float[] weight_x, int height, int width) -> Tensor");
+      "scatter_mean(Tensor windows, Tensor? index, Tensor? uncond, Tensor? scale, "
+      "Tensor? background, int[] origins_y, int[] origins_x, float[] weight_y, float[] weight_x, "
+      "int[] geometry, float guidance_scale, bool normalise) -> Tensor");
+  m.def(
+      "scatter_mean_step(Tensor windows, Tensor canvas, Tensor? previous, Tensor? index, "
+      "Tensor? uncond, Tensor? scale, Tensor? background, int[] origins_y, int[] origins_x, "
+      "float[] weight_y, float[] weight_x, int[] geometry, float guidance_scale, "
+      "float[] coefficients, int seed, int step) -> (Tensor, Tensor)");
+  m.def(
+      "gather_windows(Tensor canvas, Tensor index, int[] origins_y, int[] origins_x, "
+      "int[] geometry, ScalarType dtype, bool channels_last) -> Tensor");
   m.def("interpolate_grid(Tensor grid, Tensor points, Tensor? valid, str mode) -> Tensor");
   m.def("philox_normal(Tensor(a!) out, int seed, int first_row, int step) -> ()");
   m.def("philox4x32(Tensor counters, int seed) -> Tensor");

@@ -4,8 +4,12 @@ same seed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+
+from ssldiff_fast import _C
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -19,3 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each path of the CPU kernels that this processor can run, chosen while a test runs."""
+    try:
+        _C.set_cpu_path(request.param)
+    except ValueError:
+        pytest.skip(f"this processor cannot run {request.param}")
+    yield request.param
+    _C.set_cpu_path("best")

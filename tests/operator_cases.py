@@ -66,6 +66,16 @@ class Case:
         return torch.randn(count, self.channels, *self.plan.window, dtype=torch.float64).to(dtype)
 
 
+def raw_plan(
+    plan: WindowPlan, rows: tuple[int, int] | None = None
+) -> list[list[int] | list[float]]:
+    """What the registered operators take of a plan, and the canvas rows to make."""
+    axes = [plan.origins_y, plan.origins_x, plan.weight_y, plan.weight_x]
+    wrap_y, wrap_x = map(int, plan.wrap)
+    geometry = [plan.height, plan.width, wrap_y, wrap_x, *(rows or (0, plan.height))]
+    return [*(list(values) for values in axes), geometry]
+
+
 PLANS = {
     "one-window": Case(window_plan((8, 8), (8, 8), (0,), (0,))),
     "one-pixel": Case(window_plan((1, 1), (1, 1), (0,), (0,)), channels=1),
@@ -76,6 +86,15 @@ PLANS = {
         window_plan((8, 8), (21, 19), (0, 4, 8, 12, 13), (0, 4, 8, 11), hann=True)
     ),
     "full-overlap": Case(window_plan((16, 16), (19, 19), (0, 1, 2, 3), (0, 1, 2, 3)), channels=4),
+    "wrapped": Case(
+        window_plan((7, 5), (19, 13), (0, 5, 11, 16), (2, 6, 11), hann=True, wrap=(True, True))
+    ),
+    "wrapped-in-y": Case(
+        window_plan((8, 6), (8, 13), (1, 5), (0, 4, 7), hann=True, wrap=(True, False))
+    ),
+    "wrapped-in-x": Case(
+        window_plan((4, 16), (9, 17), (0, 4, 5), (0, 1, 9, 16), wrap=(False, True)), channels=1
+    ),
     "no-channels": Case(window_plan((4, 4), (6, 6), (0, 2), (0, 2)), channels=0),
     "rows-past-a-tile": Case(
         window_plan((16, 8), (33, 17), (0, 8, 16, 17), (0, 4, 8, 9)), channels=1

@@ -23,17 +23,21 @@ from operator_cases import (
     assert_close,
     grid_points,
     in_float64,
+    raw_plan,
     token_case,
 )
+from scatter_cases import ASKED, GATHERS, make_call
+from ssldiff_fast.kernels import gather_windows as gather_windows_kernels
 from ssldiff_fast.kernels import interpolate_grid as interpolate_grid_kernels
 from ssldiff_fast.kernels import philox_normal as philox_normal_kernels
 from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
 from ssldiff_fast.kernels import token_attention as token_attention_kernels
 from ssldiff_fast.kernels import vq_nearest as vq_nearest_kernels
 from ssldiff_fast.ops import (
-    WindowPlan,
+    gather_windows_reference,
     interpolate_grid_reference,
     philox_normal,
+    scatter_mean,
     scatter_mean_reference,
     token_attention_reference,
     vq_nearest_reference,
@@ -51,7 +55,9 @@ def run(device: str) -> dict[str, str]:
     for name, case in PLANS.items():
         for dtype, layout in every if name == "odd-overlap" else [plain]:
             windows = case.windows(dtype).contiguous(memory_format=layout)
-            out = scatter_mean_kernels.scatter_mean(windows.to(device), *raw_plan(case.plan)).cpu()
+            out = scatter_mean_kernels.scatter_mean(
+                windows.to(device), *[None] * 4, *raw_plan(case.plan), 1.0, True
+            ).cpu()
             expected = scatter_mean_reference(windows.double(), case.plan)
             found[f"scatter_mean {name} {dtype} {layout}"] = _difference(out, expected)
     for m, k, d in ((1, 1, 1), (19, 7, 3), (64, 128, 3), (65, 257, 4), (0, 5, 3)):
@@ -62,13 +68,53 @@ def run(device: str) -> dict[str, str]:
         expected_vectors, expected_indices = vq_nearest_reference(z, codes)
         same = torch.equal(indices, expected_indices) and torch.equal(vectors, expected_vectors)
         found[f"vq_nearest {m} x {k} x {d}"] = "" if same else "indices or vectors differ"
-    return {**found, **_run_philox(device), **_run_grids(device), **_run_tokens(device)}
+    return {
+        **found,
+        **_run_windows(device),
+        **_run_philox(device),
+        **_run_grids(device),
+        **_run_tokens(device),
+    }
 
 
-def raw_plan(plan: WindowPlan) -> list[Any]:
-    """What the registered operator takes of a plan."""
-    axes = [plan.origins_y, plan.origins_x, plan.weight_y, plan.weight_x]
-    return [*(list(values) for values in axes), plan.height, plan.width]
+def _run_windows(device: str) -> dict[str, str]:
+    """scatter_mean with everything that it can be asked for, and gather_windows."""
+    found = {}
+    for name in ASKED:
+        dtypes = (torch.float32, torch.bfloat16) if name == "everything" else (torch.float32,)
+        for dtype in dtypes:
+            call = make_call(name, dtype)
+            expected = call.double().run(scatter_mean_reference)
+            made = call.map(lambda tensor: tensor.to(device)).run(_scatter_in_triton)
+            wrong = [_difference(a.cpu(), b) for a, b in zip(made, expected, strict=True)]
+            found[f"scatter_mean {name} {dtype}"] = "".join(wrong)
+    for name, case in GATHERS.items():
+        for dtype, channels_last in ((torch.float32, False), (torch.float16, True)):
+            canvas, index = case.canvas(), torch.tensor(case.index, dtype=torch.int64)
+            plan = case.case.plan
+            geometry = [plan.height, plan.width, *map(int, plan.wrap), *plan.window]
+            axes = [list(plan.origins_y), list(plan.origins_x), [*geometry, case.first_row]]
+            out = gather_windows_kernels.gather_windows(
+                canvas.to(device), index, *axes, dtype, channels_last
+            )
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            expected_windows = gather_windows_reference(
+                canvas, plan, index, first_row=case.first_row, dtype=dtype, memory_format=layout
+            )
+            same = torch.equal(out.cpu(), expected_windows)
+            same = same and out.stride() == expected_windows.stride()
+            found[f"gather_windows {name} {dtype}"] = "" if same else "windows differ"
+    return found
+
+
+def _scatter_in_triton(*arguments: Any, **options: Any) -> Any:
+    """scatter_mean with its operators taken from the kernels."""
+    operators = torch.ops.ssldiff
+    torch.ops.ssldiff = scatter_mean_kernels
+    try:
+        return scatter_mean(*arguments, **options)
+    finally:
+        torch.ops.ssldiff = operators
 
 
 def _run_grids(device: str) -> dict[str, str]:
@@ -133,11 +179,26 @@ def compile_ahead() -> dict[str, str]:
     """Every kernel to machine code for GPUs that need not be here; the names of what came out."""
     from triton.backends.compiler import GPUTarget
 
+    names = ("height", "width", "window_height", "window_width", "count_y", "count_x", "blocks_x")
     scatter = {
-        **{f"{name}_ptr": "*i64" for name in ("origins_x", "first_y", "last_y", "origins_y")},
-        **{f"{name}_ptr": "*i64" for name in ("first_q", "last_q")},
-        **dict.fromkeys(("height", "width", "window_width", "count_x", "blocks_x"), "i32"),
+        **dict.fromkeys(names, "i32"),
         **dict.fromkeys(("stride_n", "stride_c", "stride_y", "stride_x"), "i64"),
+        **dict.fromkeys(("first_row", "seed", "step"), "i64"),
+        **dict.fromkeys(("guidance_scale", "of_canvas", "of_output", "of_noise"), "fp64"),
+        **dict.fromkeys(("of_history", "denoised_of_canvas", "denoised_of_output"), "fp64"),
+        "lattice_ptr": "*i64",
+    }
+    flags_of_scatter = {
+        **dict.fromkeys(("HAS_BACKGROUND", "NORMALISE", "HAS_STEP", "HAS_NOISE"), True),
+        **dict.fromkeys(("HAS_HISTORY", "HAS_DENOISED"), True),
+        "GUIDANCE": scatter_mean_kernels.OF_PIXEL,
+        "BLOCK": scatter_mean_kernels.BLOCK,
+    }
+    gather = {
+        **dict.fromkeys(("period", "width", "channels", "window_height", "window_width"), "i32"),
+        **dict.fromkeys(("stride_c", "stride_y", "stride_x"), "i64"),
+        "blocks": "i32",
+        "origins_ptr": "*i64",
     }
     nearest = {"indices_ptr": "*i64", "count": "i32", "code_count": "i32"}
     philox = dict.fromkeys(("count", "rows", "width"), "i32")
@@ -157,10 +218,15 @@ def compile_ahead() -> dict[str, str]:
         ),
     ]
     for dtype, total in (("fp32", "fp32"), ("bf16", "fp32"), ("fp16", "fp32"), ("fp64", "fp64")):
-        types = {"windows_ptr": f"*{dtype}", "canvas_ptr": f"*{total}"}
-        types |= {f"weight_{axis}_ptr": f"*{total}" for axis in "yx"}
+        types = {f"{name}_ptr": f"*{dtype}" for name in ("windows", "uncond")}
+        others = ("scale", "background", "canvas", "previous", "out", "denoised", "weight")
+        types |= {f"{name}_ptr": f"*{total}" for name in others}
         kernel = scatter_mean_kernels.scatter_mean_kernel
-        cases.append((f"scatter_mean {dtype}", kernel, {**scatter, **types}, {"BLOCK": 256}))
+        cases.append((f"scatter_mean {dtype}", kernel, {**scatter, **types}, flags_of_scatter))
+        types = {"canvas_ptr": f"*{total}", "windows_ptr": f"*{dtype}"}
+        flags = {"CHANNELS_LAST": True, "BLOCK": gather_windows_kernels.BLOCK}
+        kernel = gather_windows_kernels.gather_windows_kernel
+        cases.append((f"gather_windows {dtype}", kernel, {**gather, **types}, flags))
     for dtype in ("fp32", "fp64"):
         types = {f"{name}_ptr": f"*{dtype}" for name in ("z", "codes", "vectors")}
         flags = {"WIDTH": 3, "BLOCK_M": 64, "BLOCK_K": 128}

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// scatter_mean for the CPU; the equation stands in ops/scatter_mean.py.
+// scatter_mean and scatter_mean_step for the CPU; the equations stand in ops/scatter_mean.py.
+#include "scatter_mean.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <optional>
+#include <tuple>
 #include <vector>
 
-#include "../checks.h"
-#include "../include/half.h"
-#include "../include/window_geometry.h"
-#include "dispatch.h"
+#include "../window_checks.h"
 
 namespace ssldiff {
 namespace {
@@ -18,179 +19,213 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// A task is a tile of the canvas. Rows share each window's cache lines; the accumulator of a tile,
-// kTileRows x kTileColumns floats, stays in the first-level cache.
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileColumns = 1024;
-
-template <typename T, typename Acc>
-struct ScatterMean {
-  const T* windows;  // [P * Q, C, h, w], rows of `lanes * w` contiguous elements
-  Acc* canvas;       // [C, H, W], contiguous
-  int64_t stride_n, stride_c, stride_y;
-  int64_t height, width, window_height, window_width;
+// The arguments of the schemas that both operators share.
+struct Arguments {
+  Tensor windows;
+  const std::optional<Tensor>& index;
+  std::optional<Tensor> uncond, scale, background;
   const std::vector<int64_t>& origins_y;
   const std::vector<int64_t>& origins_x;
-  const Acc* weight_y;  // [h]
-  const Acc* weight_x;  // [w * lanes], each weight repeated for the channels of its pixel
-  const Acc* norm_y;    // [H], sum over the window rows that cover y
-  const Acc* norm_x;    // [W]
-  int64_t lanes;        // 1: planes of one channel; C: all channels of a pixel side by side
-  int64_t planes;       // C or 1
-  int64_t tile_columns, tiles_y, tiles_x;
-
-  template <typename Bytes>
-  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes) const {
-    std::vector<Acc> sums(kTileRows * tile_columns * lanes);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t plane = (task / tiles_x) % planes;
-      const int64_t y = task / (tiles_x * planes) * kTileRows;
-      const int64_t x = task % tiles_x * tile_columns;
-      const Range rows{y, std::min(y + kTileRows, height)};
-      const Range columns{x, std::min(x + tile_columns, width)};
-      std::fill(sums.begin(), sums.end(), Acc(0));
-      add_windows(plane, rows, columns, sums.data());
-      store(plane, rows, columns, sums.data());
-    }
-  }
-
-  // Each pixel sums its windows in row-major order of origins, whatever the tile.
-  SSLDIFF_INLINE void add_windows(int64_t plane, Range rows, Range columns, Acc* sums) const {
-    const int64_t pitch = tile_columns * lanes;
-    const int64_t count_x = static_cast<int64_t>(origins_x.size());
-    const Range ps = windows_covering(origins_y.data(), static_cast<int64_t>(origins_y.size()),
-                                      window_height, rows.begin, rows.end - 1);
-    const Range qs =
-        windows_covering(origins_x.data(), count_x, window_width, columns.begin, columns.end - 1);
-    for (int64_t p = ps.begin; p < ps.end; ++p) {
-      const int64_t top = std::max(rows.begin, origins_y[p]);
-      const int64_t bottom = std::min(rows.end, origins_y[p] + window_height);
-      for (int64_t q = qs.begin; q < qs.end; ++q) {
-        const int64_t left = std::max(columns.begin, origins_x[q]);
-        const int64_t right = std::min(columns.end, origins_x[q] + window_width);
-        const int64_t v = (left - origins_x[q]) * lanes;
-        const T* window = windows + (p * count_x + q) * stride_n + plane * stride_c + v;
-        for (int64_t row = top; row < bottom; ++row) {
-          const int64_t u = row - origins_y[p];
-          prefetch(window + stride_n + u * stride_y, (right - left) * lanes);
-          add_row(window + u * stride_y, weight_y[u], weight_x + v, (right - left) * lanes,
-                  sums + (row - rows.begin) * pitch + (left - columns.begin) * lanes);
-        }
-      }
-    }
-  }
-
-  // The next window's row lies far away, where hardware does not look ahead. (An address past the
-  // last window is harmless: prefetching never faults.)
-  SSLDIFF_INLINE static void prefetch(const T* row, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(row + i);
-    }
-  }
-
-  SSLDIFF_INLINE static void add_row(const T* __restrict window, Acc weight_u,
-                                     const Acc* __restrict weight_v, int64_t count,
-                                     Acc* __restrict sum) {
-    for (int64_t i = 0; i < count; ++i) {
-      sum[i] += weight_u * weight_v[i] * widen(window[i]);
-    }
-  }
-
-  SSLDIFF_INLINE void store(int64_t plane, Range rows, Range columns, const Acc* sums) const {
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const Acc* sum = sums + (row - rows.begin) * tile_columns * lanes;
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        Acc* __restrict out = canvas + ((plane * lanes + lane) * height + row) * width;
-        for (int64_t x = columns.begin; x < columns.end; ++x) {
-          out[x] = sum[(x - columns.begin) * lanes + lane] / (norm_y[row] * norm_x[x]);
-        }
-      }
-    }
-  }
+  const std::vector<double>& weight_y;
+  const std::vector<double>& weight_x;
+  double guidance_scale;
+  bool normalise;
 };
 
-// sum_k a(x - o_k) for every position of one axis; the two-dimensional normaliser is the product
-// of two of these, because lattice and weights are separable.
+// And those of the step.
+struct Step {
+  Tensor canvas;
+  std::optional<Tensor> previous;
+  const std::vector<double>& coefficients;
+  std::optional<Tensor> denoised;  // where it is stored
+  int64_t seed, step;
+};
+
 template <typename Acc>
-std::vector<Acc> axis_norm(const std::vector<int64_t>& origins, const std::vector<Acc>& weight,
-                           int64_t size) {
-  std::vector<Acc> norm(size, Acc(0));
-  for (const int64_t origin : origins) {
-    for (size_t u = 0; u < weight.size(); ++u) {
-      norm[origin + static_cast<int64_t>(u)] += weight[u];
-    }
-  }
-  return norm;
+const Acc* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const Acc*>(tensor->const_data_ptr()) : nullptr;
 }
 
-template <typename T, typename Acc>
-void launch(const Tensor& windows, const Tensor& canvas, const std::vector<int64_t>& origins_y,
-            const std::vector<int64_t>& origins_x, const std::vector<double>& weight_y,
-            const std::vector<double>& weight_x) {
+int64_t columns_of_tile(int64_t rows, int64_t planes, int64_t width, int64_t lanes) {
+  int64_t columns = std::min(width, std::max(kTileColumns / lanes, kMinTileColumns));
+  // A narrow band is cut into more tiles, so that every thread has some.
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t others = (rows + kTileRows - 1) / kTileRows * planes;
+  while (columns >= 2 * kMinTileColumns && others * ((width + columns - 1) / columns) < wanted) {
+    columns /= 2;
+  }
+  return columns;
+}
+
+template <typename T, typename Acc, Guidance kGuidance>
+void launch(const Arguments& a, const Acc* scale, const Canvas<Acc>& to) {
+  const Tensor& windows = a.windows;
   const int64_t channels = windows.size(1);
   const bool interleaved = windows.stride(3) != 1;
   const int64_t lanes = interleaved ? channels : 1;
-  const std::vector<Acc> row_weight(weight_y.begin(), weight_y.end());
-  const std::vector<Acc> column_weight(weight_x.begin(), weight_x.end());
+  const int64_t planes = interleaved ? 1 : channels;
+  const int64_t columns = columns_of_tile(to.height, planes, to.width, lanes);
+  const ScatterMean<T, Acc, kGuidance> body{static_cast<const T*>(windows.const_data_ptr()),
+                                            data_or_null<T>(a.uncond),
+                                            scale,
+                                            windows.stride(0),
+                                            windows.stride(1),
+                                            windows.stride(2),
+                                            windows.size(2),
+                                            windows.size(3),
+                                            lanes,
+                                            planes,
+                                            columns,
+                                            (to.height + kTileRows - 1) / kTileRows,
+                                            (to.width + columns - 1) / columns,
+                                            to};
+  parallel_dispatch(body.tiles_y * planes * body.tiles_x, 1, body);
+}
+
+template <typename T, typename Acc>
+void run(const Arguments& a, const WindowGeometry& geometry, const Tensor& out, const Step* step) {
+  const Range all_columns{0, geometry.width};
+  const AxisWindows rows = axis_windows(
+      {a.origins_y, a.windows.size(2), geometry.height, geometry.wrap_y}, geometry.rows);
+  const AxisWindows columns =
+      axis_windows({a.origins_x, a.windows.size(3), geometry.width, geometry.wrap_x}, all_columns);
+  const auto slots = window_slots(rows, columns, static_cast<int64_t>(a.origins_x.size()),
+                                  numbers_or_null(a.index), a.windows.size(0));
+  std::vector<uint8_t> whole;
+  for (auto row = slots.begin(); row < slots.end(); row += columns.count()) {
+    whole.push_back(std::find(row, row + columns.count(), -1) == row + columns.count());
+  }
+  const std::vector<Acc> weight_y(a.weight_y.begin(), a.weight_y.end());
+  const std::vector<Acc> weight_x(a.weight_x.begin(), a.weight_x.end());
+  const int64_t lanes = a.windows.stride(3) == 1 ? 1 : a.windows.size(1);
   std::vector<Acc> lane_weight;
-  for (const Acc weight : column_weight) {
+  for (const Acc weight : weight_x) {
     lane_weight.insert(lane_weight.end(), lanes, weight);
   }
-  const auto norm_y = axis_norm(origins_y, row_weight, canvas.size(1));
-  const auto norm_x = axis_norm(origins_x, column_weight, canvas.size(2));
-  const int64_t tile_columns =
-      std::min(canvas.size(2), std::max<int64_t>(kTileColumns / lanes, 16));
-  const ScatterMean<T, Acc> body{static_cast<const T*>(windows.const_data_ptr()),
-                                 static_cast<Acc*>(canvas.mutable_data_ptr()),
-                                 windows.stride(0),
-                                 windows.stride(1),
-                                 windows.stride(2),
-                                 canvas.size(1),
-                                 canvas.size(2),
-                                 windows.size(2),
-                                 windows.size(3),
-                                 origins_y,
-                                 origins_x,
-                                 row_weight.data(),
-                                 lane_weight.data(),
-                                 norm_y.data(),
-                                 norm_x.data(),
-                                 lanes,
-                                 interleaved ? 1 : channels,
-                                 tile_columns,
-                                 (canvas.size(1) + kTileRows - 1) / kTileRows,
-                                 (canvas.size(2) + tile_columns - 1) / tile_columns};
-  parallel_dispatch(body.tiles_y * body.planes * body.tiles_x, 1, body);
+  const auto norm_y = axis_norm(rows, weight_y, geometry.rows);
+  const auto norm_x = axis_norm(columns, weight_x, all_columns);
+  std::vector<Acc> coefficients;
+  if (step != nullptr) {
+    coefficients.assign(step->coefficients.begin(), step->coefficients.end());
+  }
+  const Canvas<Acc> to{geometry.rows.end - geometry.rows.begin,
+                       geometry.width,
+                       geometry.rows.begin,
+                       static_cast<Acc*>(out.mutable_data_ptr()),
+                       rows,
+                       columns,
+                       slots.data(),
+                       whole.data(),
+                       weight_y.data(),
+                       lane_weight.data(),
+                       a.normalise ? norm_y.data() : nullptr,
+                       norm_x.data(),
+                       data_or_null<Acc>(a.background),
+                       step ? static_cast<const Acc*>(step->canvas.const_data_ptr()) : nullptr,
+                       step ? data_or_null<Acc>(step->previous) : nullptr,
+                       step && step->denoised.has_value()
+                           ? static_cast<Acc*>(step->denoised->mutable_data_ptr())
+                           : nullptr,
+                       coefficients.data(),
+                       step ? static_cast<uint64_t>(step->seed) : 0,
+                       step ? step->step : 0};
+  if (!a.uncond.has_value()) {
+    launch<T, Acc, Guidance::kNone>(a, nullptr, to);
+  } else if (a.scale.has_value() && a.scale->dim() == 2) {
+    launch<T, Acc, Guidance::kOfPixel>(a, data_or_null<Acc>(a.scale), to);
+  } else if (a.scale.has_value()) {
+    launch<T, Acc, Guidance::kOfWindow>(a, data_or_null<Acc>(a.scale), to);
+  } else {
+    const std::vector<Acc> scale(a.windows.size(0), static_cast<Acc>(a.guidance_scale));
+    launch<T, Acc, Guidance::kOfWindow>(a, scale.data(), to);
+  }
 }
 
-Tensor scatter_mean(Tensor windows, std::vector<int64_t> origins_y, std::vector<int64_t> origins_x,
-                    std::vector<double> weight_y, std::vector<double> weight_x, int64_t height,
-                    int64_t width) {
-  check_lattice(windows, origins_y, origins_x, weight_y, weight_x, height, width);
-  const bool planar = windows.stride(3) == 1;
-  const bool interleaved = windows.stride(1) == 1 && windows.stride(3) == windows.size(1);
-  if (!planar && !interleaved) {
-    windows = torch::stable::contiguous(windows);
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*tensor))
+                            : std::nullopt;
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  bool same = true;
+  for (int64_t i = 0; i < 4; ++i) {
+    same = same && a.stride(i) == b.stride(i);
   }
-  const ScalarType type = windows.scalar_type();
-  const ScalarType out_type = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor canvas = torch::stable::new_empty(windows, {windows.size(1), height, width}, out_type);
-  if (canvas.numel() == 0) {
-    return canvas;
+  return same;
+}
+
+// Rows of a window, or of all its channels, must be contiguous, and both halves laid out alike.
+void lay_out(Arguments& a) {
+  const bool planar = a.windows.stride(3) == 1;
+  const bool interleaved = a.windows.stride(1) == 1 && a.windows.stride(3) == a.windows.size(1);
+  const bool alike = !a.uncond.has_value() || same_strides(a.windows, *a.uncond);
+  if (!(planar || interleaved) || !alike) {
+    a.windows = torch::stable::contiguous(a.windows);
+    a.uncond = contiguous(a.uncond);
+  }
+  a.scale = contiguous(a.scale);
+  a.background = contiguous(a.background);
+}
+
+Tensor make(Arguments& a, const WindowGeometry& geometry, const Step* step) {
+  lay_out(a);
+  const ScalarType type = a.windows.scalar_type();
+  Tensor out = torch::stable::new_empty(
+      a.windows, {a.windows.size(1), geometry.rows.end - geometry.rows.begin, geometry.width},
+      accumulator_of(type));
+  if (out.numel() == 0) {
+    return out;
   }
   if (type == ScalarType::Double) {
-    launch<double, double>(windows, canvas, origins_y, origins_x, weight_y, weight_x);
+    run<double, double>(a, geometry, out, step);
   } else if (type == ScalarType::BFloat16) {
-    launch<BFloat16, float>(windows, canvas, origins_y, origins_x, weight_y, weight_x);
+    run<BFloat16, float>(a, geometry, out, step);
   } else if (type == ScalarType::Half) {
-    launch<Float16, float>(windows, canvas, origins_y, origins_x, weight_y, weight_x);
+    run<Float16, float>(a, geometry, out, step);
   } else {
-    launch<float, float>(windows, canvas, origins_y, origins_x, weight_y, weight_x);
+    run<float, float>(a, geometry, out, step);
   }
-  return canvas;
+  return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ssldiff, CPU, m) { m.impl("scatter_mean", TORCH_BOX(&scatter_mean)); }
+Tensor scatter_mean(Tensor windows, std::optional<Tensor> index, std::optional<Tensor> uncond,
+                    std::optional<Tensor> scale, std::optional<Tensor> background,
+                    std::vector<int64_t> origins_y, std::vector<int64_t> origins_x,
+                    std::vector<double> weight_y, std::vector<double> weight_x,
+                    std::vector<int64_t> geometry, double guidance_scale, bool normalise) {
+  const WindowGeometry checked = check_scatter(windows, index, uncond, scale, background, origins_y,
+                                               origins_x, weight_y, weight_x, geometry);
+  Arguments arguments{windows,   index,    uncond,   scale,          background, origins_y,
+                      origins_x, weight_y, weight_x, guidance_scale, normalise};
+  return make(arguments, checked, nullptr);
+}
+
+std::tuple<Tensor, Tensor> scatter_mean_step(
+    Tensor windows, Tensor canvas, std::optional<Tensor> previous, std::optional<Tensor> index,
+    std::optional<Tensor> uncond, std::optional<Tensor> scale, std::optional<Tensor> background,
+    std::vector<int64_t> origins_y, std::vector<int64_t> origins_x, std::vector<double> weight_y,
+    std::vector<double> weight_x, std::vector<int64_t> geometry, double guidance_scale,
+    std::vector<double> coefficients, int64_t seed, int64_t step) {
+  const WindowGeometry checked = check_scatter(windows, index, uncond, scale, background, origins_y,
+                                               origins_x, weight_y, weight_x, geometry);
+  check_step(windows, canvas, previous, coefficients, checked, step);
+  canvas = torch::stable::contiguous(canvas);
+  const bool wanted = coefficients[4] != 0.0 || coefficients[5] != 0.0;
+  Tensor denoised = torch::stable::new_empty(
+      canvas, {wanted ? canvas.size(0) : 0, canvas.size(1), canvas.size(2)});
+  Arguments arguments{windows,   index,    uncond,   scale,          background, origins_y,
+                      origins_x, weight_y, weight_x, guidance_scale, true};
+  const Step affine{canvas,       contiguous(previous),
+                    coefficients, wanted ? std::optional<Tensor>(denoised) : std::nullopt,
+                    seed,         step};
+  Tensor next = make(arguments, checked, &affine);
+  return {next, denoised};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ssldiff, CPU, m) {
+  m.impl("scatter_mean", TORCH_BOX(&scatter_mean));
+  m.impl("scatter_mean_step", TORCH_BOX(&scatter_mean_step));
+}
 
 }  // namespace
 }  // namespace ssldiff

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from operator_cases import raw_plan
 from ssldiff_fast.ops import WindowPlan, scatter_mean
 
 WINDOW, LATTICE = (1024, 1025), (32, 64)  # disjoint windows, so the mean is the window itself
@@ -18,8 +19,7 @@ GIGABYTES = 24
 def _triton(windows: Tensor, plan: WindowPlan) -> Tensor:
     from ssldiff_fast.kernels.scatter_mean import scatter_mean as kernel
 
-    axes = [plan.origins_y, plan.origins_x, plan.weight_y, plan.weight_x]
-    return kernel(windows, *(list(values) for values in axes), plan.height, plan.width)
+    return kernel(windows, *[None] * 4, *raw_plan(plan), 1.0, True)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,23 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from operator_cases import PLANS, Case, assert_close, window_plan
+from operator_cases import PLANS, Case, assert_close, raw_plan, window_plan
 from ssldiff_fast import _C
-from ssldiff_fast.ops import WindowPlan, scatter_mean, scatter_mean_reference
+from ssldiff_fast.ops import scatter_mean, scatter_mean_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ALL = [pytest.param(case, id=name) for name, case in PLANS.items()]
 ODD = PLANS["odd-overlap"]
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
-    try:
-        _C.set_cpu_path(request.param)
-    except ValueError:
-        pytest.skip(f"this processor cannot run {request.param}")
-    yield request.param
-    _C.set_cpu_path("best")
 
 
 def _layout(windows: Tensor, layout: str) -> Tensor:
@@ -115,14 +104,15 @@ def test_constants_average_to_the_constant(
     axes = [
         tuple(sorted({*range(0, n - w + 1, min(stride, w)), n - w})) for w, n in zip(window, size)
     ]
-    case = Case(window_plan(window, size, axes[0], axes[1], hann=hann), channels=1)
+    wrap = (stride % 2 == 0, stride % 3 == 0)
+    case = Case(window_plan(window, size, axes[0], axes[1], hann=hann, wrap=wrap), channels=1)
     out = scatter_mean(torch.full_like(case.windows(), constant), case.plan)
     # A pixel sums up to 81 windows, each sum rounded by up to 6e-8; and a constant near the
     # smallest float loses digits in its product with a weight.
     torch.testing.assert_close(out, torch.full_like(out, constant), rtol=1e-5, atol=1e-35)
 
 
-@pytest.mark.parametrize("name", ["odd-overlap", "disjoint", "width-one", "one-pixel"])
+@pytest.mark.parametrize("name", ["odd-overlap", "disjoint", "width-one", "one-pixel", "wrapped"])
 def test_the_gradient_is_that_of_the_reference(name: str) -> None:
     case = PLANS[name]
     windows = case.windows(torch.float64).requires_grad_()
@@ -150,18 +140,6 @@ def test_the_gradient_has_the_dtype_of_the_windows(dtype: torch.dtype) -> None:
     assert windows.grad.dtype == dtype
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_passes(grad: bool) -> None:
-    arguments = (ODD.windows().requires_grad_(grad), *raw_plan(ODD.plan))
-    torch.library.opcheck(torch.ops.ssldiff.scatter_mean.default, arguments)
-
-
-def raw_plan(plan: WindowPlan) -> list[Any]:
-    """What the registered operator takes of a plan."""
-    axes = [plan.origins_y, plan.origins_x, plan.weight_y, plan.weight_x]
-    return [*(list(values) for values in axes), plan.height, plan.width]
-
-
 def test_it_stays_one_node_under_compile() -> None:
     graphs = []
 
@@ -181,9 +159,9 @@ def test_it_stays_one_node_under_compile() -> None:
 
 BAD = {
     "no tensor": ({"windows": [1.0]}, TypeError, r"windows must be a torch.Tensor, but a list"),
-    "rank": ({"windows": torch.zeros(20, 7, 5)}, ValueError, r"shape \[20, 7, 5\], but \[N, C"),
+    "rank": ({"windows": torch.zeros(20, 7, 5)}, ValueError, r"shape \[20, 7, 5\], but \[M, C"),
     "dtype": ({"windows": torch.zeros(20, 3, 7, 5).long()}, TypeError, r"windows is int64, but"),
-    "count": ({"windows": torch.zeros(19, 3, 7, 5)}, ValueError, r"\[N, C, h, w\] with N = 20"),
+    "count": ({"windows": torch.zeros(19, 3, 7, 5)}, ValueError, r"\[M, C, h, w\] with M = 20"),
     "size": ({"windows": torch.zeros(20, 3, 7, 6)}, ValueError, r"h = 7, w = 5 was expected"),
     "no plan": ({"plan": (0, 3)}, TypeError, r"plan is a tuple, but a WindowPlan was expected"),
 }
@@ -205,17 +183,25 @@ RAW_BAD = {
     "rank": (0, torch.zeros(20, 7, 5), "must have 4 dimensions"),
     "dtype": (0, torch.zeros(20, 3, 7, 5, dtype=torch.int64), "windows must be float32"),
     "count": (0, torch.zeros(19, 3, 7, 5), "holds 19 windows"),
-    "empty window": (0, torch.zeros(20, 3, 0, 5), "must not be empty"),
-    "origin outside": (1, [0, 3, 7, 13], "origins_y must ascend"),
-    "gap": (2, [0, 4, 11, 13, 18], "origins_x must ascend"),
-    "weight": (3, [1.0] * 6, "weight_y has 6 entries"),
-    "size": (5, 20, "end at 19, but the canvas at 20"),
+    "empty window": (0, torch.zeros(20, 3, 0, 5), "from 1 to the size of the canvas"),
+    "index": (1, torch.arange(20).int(), "index must be a contiguous int64 tensor"),
+    "index beyond": (1, torch.arange(1, 21), "index holds 20, but the plan has 20"),
+    "index descends": (1, torch.arange(20).flip(0), "index must ascend, but holds 18 after 19"),
+    "uncond": (2, torch.zeros(20, 3, 7, 4), "uncond must have the shape"),
+    "scale alone": (3, torch.zeros(20), "must be .M. or .rows, W., beside uncond"),
+    "background": (4, torch.zeros(3, 18, 23), "background must be .C, rows, W.*3, 19, 23"),
+    "origin outside": (5, [0, 3, 7, 13], "origins_y must ascend"),
+    "descends": (6, [0, 4, 3, 13, 18], "origins_x must ascend"),
+    "no origins": (6, [], "there must be windows along x"),
+    "weight": (7, [1.0] * 6, "weight_y and weight_x must have 7 and 5"),
+    "rows": (9, [19, 23, 0, 0, 3, 20], "rows must lie between 0 and 19"),
+    "geometry": (9, [19, 23], "geometry must be height, width"),
 }
 
 
 @pytest.mark.parametrize(("position", "value", "message"), RAW_BAD.values(), ids=RAW_BAD.keys())
 def test_the_raw_operator_checks_for_itself(position: int, value: Any, message: str) -> None:
-    arguments = [ODD.windows(), *raw_plan(ODD.plan)]
+    arguments = [ODD.windows(), *[None] * 4, *raw_plan(ODD.plan), 1.0, True]
     arguments[position] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.ssldiff.scatter_mean(*arguments)

@@ -9,13 +9,12 @@ the bytes do not depend on how many.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ssldiff_fast._checks import check_positive
-from ssldiff_fast.ops import WindowPlan, scatter_mean
+from ssldiff_fast.ops import WindowPlan, gather_windows, scatter_mean
 
 # Window outputs held before they are averaged. More saves repeated work where bands meet.
 _HELD_BYTES = 64 * 2**20
@@ -47,9 +46,7 @@ def crop_windows(
     columns: Tensor,  # [B] int64
 ) -> Tensor:
     """The windows `columns` of window row `row`: [B, C, h, w]."""
-    y, (h, w) = plan.origins_y[row], plan.window
-    origins = [plan.origins_x[column] for column in columns.tolist()]
-    return torch.stack([canvas[:, y : y + h, x : x + w] for x in origins])
+    return gather_windows(canvas, plan, row * len(plan.origins_x) + columns)
 
 
 def blend_window_rows(
@@ -69,7 +66,7 @@ def blend_window_rows(
     Yields:
         [C, n, W] fp32; the bands follow one another without gap.
     """
-    h = plan.window[0]
+    h, count = plan.window[0], len(plan.origins_x)
     held: list[Tensor] = []
     first, done = 0, 0  # first window row held; canvas rows handed on
     for index, row in enumerate(rows):
@@ -79,16 +76,12 @@ def blend_window_rows(
         if (index + 1) % every and not is_last:
             continue
         final = plan.height if is_last else plan.origins_y[index + 1]
+        if plan.wrap[0] and not is_last:
+            final = 0  # the last window rows cover the first canvas rows
         if final == done:
             continue
-        base = plan.origins_y[first]
-        part = replace(
-            plan,
-            height=plan.origins_y[index] + h - base,
-            origins_y=tuple(y - base for y in plan.origins_y[first : index + 1]),
-        )
-        band = scatter_mean(torch.cat(held), part)
-        yield band[:, done - base : final - base]
+        numbers = torch.arange(first * count, (index + 1) * count)
+        yield scatter_mean(torch.cat(held), plan, numbers, rows=(done, final))
         done = final
         while held and plan.origins_y[first] + h <= done:
             held.pop(0)

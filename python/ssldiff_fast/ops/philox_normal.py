@@ -16,7 +16,7 @@ from ._register import register
 
 _CALL = "philox_normal"
 _WORDS_CALL = "philox4x32"
-_LIMIT = 2**32  # of each of the four counters
+COUNTER_LIMIT = 2**32  # of each of the four counters
 
 Words = npt.NDArray[np.uint64]  # 32-bit words, held in 64 bits so that products do not wrap
 
@@ -118,7 +118,7 @@ def philox4x32_reference(
 ) -> Tensor:  # [N, 4] int64
     """The same in plain NumPy."""
     seed = _check_words(counters, seed)
-    c0, c1, c2, c3 = (counters.cpu() & (_LIMIT - 1)).numpy().astype(np.uint64).T
+    c0, c1, c2, c3 = (counters.cpu() & (COUNTER_LIMIT - 1)).numpy().astype(np.uint64).T
     words = np.stack(_rounds((c0, c1, c2, c3), seed), axis=1)
     return torch.from_numpy(words.astype(np.int64)).to(counters.device)
 
@@ -128,9 +128,9 @@ def _rounds(
     seed: int,
 ) -> tuple[Words, Words, Words, Words]:
     """Ten rounds of Philox4x32; the counters broadcast."""
-    low, shift = np.uint64(_LIMIT - 1), np.uint64(32)
+    low, shift = np.uint64(COUNTER_LIMIT - 1), np.uint64(32)
     c0, c1, c2, c3 = counter
-    key0, key1 = seed % _LIMIT, seed // _LIMIT
+    key0, key1 = seed % COUNTER_LIMIT, seed // COUNTER_LIMIT
     for _ in range(10):
         product0, product1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
         c0, c1, c2, c3 = (
@@ -139,7 +139,7 @@ def _rounds(
             (product0 >> shift) ^ c3 ^ np.uint64(key1),
             product0 & low,
         )
-        key0, key1 = (key0 + 0x9E3779B9) % _LIMIT, (key1 + 0xBB67AE85) % _LIMIT
+        key0, key1 = (key0 + 0x9E3779B9) % COUNTER_LIMIT, (key1 + 0xBB67AE85) % COUNTER_LIMIT
     return c0, c1, c2, c3
 
 
@@ -159,7 +159,11 @@ def _check(seed: int, channels: int, rows: tuple[int, int], width: int, step: in
     for name, value in (("rows", y0), ("rows", y1), ("step", step)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise TypeError(f"{_CALL}: {name} holds {value!r}, but whole numbers were expected.")
-    if not (0 <= y0 <= y1 <= _LIMIT and max(channels, width) <= _LIMIT and 0 <= step < _LIMIT):
+    if not (
+        0 <= y0 <= y1 <= COUNTER_LIMIT
+        and max(channels, width) <= COUNTER_LIMIT
+        and 0 <= step < COUNTER_LIMIT
+    ):
         raise ValueError(
             f"{_CALL}: {channels} channels, rows {y0} to {y1}, width {width} and step {step} were "
             f"asked for; coordinates and steps count from 0 and end at 2^32."

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -175,13 +176,13 @@ class WindowPlan:
 
     def window_rows(self, begin: int, end: int) -> list[int]:
         """The window rows that cover a canvas row from `begin` to `end` - 1, ascending."""
-        rows = []
-        for number, origin in enumerate(self.origins_y):
-            last = origin + self.window[0]
-            wrapped = self.wrap[0] and last - self.height > begin
-            if (origin < end and last > begin) or wrapped:
-                rows.append(number)
-        return rows
+        window = self.window[0]
+        first = bisect.bisect_right(self.origins_y, begin - window)
+        covering = set(range(first, bisect.bisect_left(self.origins_y, end)))
+        if self.wrap[0]:
+            past = bisect.bisect_right(self.origins_y, begin + self.height - window)
+            covering |= set(range(past, len(self.origins_y)))
+        return sorted(covering)
 
     def scaled(self, factor: int, weight_y: Tensor, weight_x: Tensor) -> WindowPlan:
         """The same windows on a canvas `factor` times as large, with weights of that size."""

@@ -24,12 +24,18 @@ RESULTS ?=
 #   make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
 
-.PHONY: help demo test lint format build gpu aims clean
+# Compiler whose sanitizers `make sanitize` uses (GCC's: the library must be named to be preloaded).
+SANITIZER_CXX ?= g++
+SANITIZED := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
+
+.PHONY: help demo test sanitize lint format build gpu aims clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    synthesize a slide after a real one (two minutes, once installed)"
 	@echo "make test    run the tests"
+	@echo "make sanitize the operators' tests on a build that watches addresses and undefined behaviour"
 	@echo "make lint    ruff, mypy and clang-format in check mode; make format repairs"
 	@echo "make gpu     tests and timings on an NVIDIA GPU (ten minutes); VENV=none installs nothing"
 	@echo "make aims    what was aimed at and measured, the unmet first"
@@ -41,6 +47,20 @@ demo: $(STAMPS)/build
 
 test: $(STAMPS)/test
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+# The compiled operators again, with every access and conversion checked, and the tests of the
+# operators on them; what needs a compiler of its own (Triton, torch.compile) is left out. Python
+# itself is not instrumented, so the sanitizer comes first by LD_PRELOAD (with the C++
+# library, whose exceptions it watches), and looks for no leaks.
+sanitize: $(STAMPS)/test
+	CXX="$(SANITIZER_CXX)" CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" SSLDIFF_CUDA=0 \
+	  $(RUN) setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
+	asan=$$($(SANITIZER_CXX) -print-file-name=libasan.so) && \
+	LD_PRELOAD="$$asan:$$($(SANITIZER_CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=print_stacktrace=1 SSLDIFF_LIBRARIES=$(SANITIZED)/ssldiff_fast \
+	  $(RUN) -m pytest -q tests/ops --ignore tests/ops/test_triton.py -p no:cacheprovider --capture=sys \
+	  -k "not compile and not opcheck and not gpu" $(PYTEST_ARGS)
 
 gpu: $(STAMPS)/test
 	$(RUN) benchmarks/gpu.py --copy "$(RESULTS)"

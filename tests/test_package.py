@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,15 @@ def test_the_cache_follows_its_variable_at_call_time(
     assert settings.cache_dir() == tmp_path / "ssldiff_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert settings.cache_dir() == Path.home() / ".cache" / "ssldiff_fast"
+
+
+def test_another_build_of_the_operators_is_named_by_a_variable(tmp_path: Path) -> None:
+    code = "from ssldiff_fast import _C; print(_C.CPU_PROBLEM)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SSLDIFF_LIBRARIES": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == f"libssldiff_cpu.so is not in {tmp_path}"

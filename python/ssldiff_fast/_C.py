@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from . import settings
+
 HOW_TO_BUILD = (
     "build them with `pip install --no-build-isolation -e .` in the repository (`make build` does "
     "it too), or install a wheel; `ssldiff doctor` shows what was found"
@@ -21,7 +23,7 @@ HOW_TO_BUILD = (
 
 def library_path(device: str) -> Path:
     """Where the library of "cpu" or "cuda" operators lies, built or not."""
-    return Path(__file__).with_name(f"libssldiff_{device}.so")
+    return settings.library_dir() / f"libssldiff_{device}.so"
 
 
 def _load(device: str) -> str | None:

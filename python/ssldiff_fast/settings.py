@@ -6,6 +6,7 @@
 | `SSLDIFF_CACHE` | `~/.cache/ssldiff_fast` | folder for files fetched once (the demo slide) |
 | `XDG_CACHE_HOME` | `~/.cache` | holds that folder where `SSLDIFF_CACHE` is not set |
 | `DISPLAY`, `WAYLAND_DISPLAY` | unset | without either, on Linux, `ssldiff view` opens no browser |
+| `SSLDIFF_LIBRARIES` | the package's own | folder of the compiled operators (`make sanitize`) |
 
 The build reads `SSLDIFF_CUDA`, `SSLDIFF_CUDA_ARCHS`, `CUDA_HOME` and `SSLDIFF_VIEWER` in setup.py,
 before the package exists. The number of threads is PyTorch's (`OMP_NUM_THREADS`,
@@ -33,3 +34,9 @@ def has_display() -> bool:
     if sys.platform != "linux":
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def library_dir() -> Path:
+    """Folder of the compiled operators: the package's own, unless another build is tested."""
+    value = os.environ.get("SSLDIFF_LIBRARIES")
+    return Path(value).expanduser() if value else Path(__file__).parent

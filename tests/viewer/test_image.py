@@ -147,3 +147,17 @@ def test_a_region_or_grid_that_does_not_fit_is_one_sentence(
         align(image, reference, grid=_grid(None, (3, 4)))
     with pytest.raises(ValueError, match=r"the grid was made from slide, not from slide.tif"):
         align(image, reference, grid=_grid("sha256:another"))
+
+
+def test_a_deep_zoom_image_of_ours_is_called_synthetic(tmp_path: Path) -> None:
+    for level in range(7):
+        (tmp_path / f"out_files/{level}").mkdir(parents=True)
+        Image.new("RGB", (1 << level,) * 2).save(tmp_path / f"out_files/{level}/0_0.png")
+    (tmp_path / "out.dzi").write_text(
+        '<!-- SYNTHETIC image, not a scan of tissue\n{"seed": 3}\n{"mpp": 0.5} -->\n'
+        '<Image TileSize="64" Format="png"><Size Width="64" Height="64"/></Image>'
+    )
+    image = open_image(tmp_path / "out.dzi")
+    assert image.synthetic
+    assert image.metadata == {"seed": 3}
+    assert image.mpp == 0.5

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening slides and plain images.
 
-`open_slide` gives an `OpenSlideSlide` for everything that OpenSlide reads and an `ImageSlide` for
-PNG, JPEG and TIFF without a pyramid. Both find the right level, resample with an antialiasing
-filter, and survive pickling: a worker process opens its own handle.
+`open_slide` gives an `OpenSlideSlide` for everything that OpenSlide reads, an `ImageSlide` for
+PNG, JPEG and TIFF without a pyramid, and a reader of `tiled` for the rest. All find the right
+level, resample with an antialiasing filter, and survive pickling: a worker process opens its own
+handle.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from PIL import Image
 
 from .images import ImageSlide, read_image
 from .slide import MPP_ANISOTROPY, MppError, Slide, check_mpp, hash_file, on_white
+from .tiled import DziSlide, OmeTiffSlide, ZarrSlide
 
 
 class OpenSlideSlide(Slide):
@@ -106,11 +109,20 @@ class OpenSlideSlide(Slide):
         self._lock = threading.Lock()
 
 
+# What is tried before OpenSlide: whether a path is of this kind, and its reader.
+_READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, float | None], Slide]], ...] = (
+    (lambda path: path.suffix.lower() == ".dzi" and path.is_file(), DziSlide),
+    (ZarrSlide.suits, ZarrSlide),
+    (OmeTiffSlide.suits, OmeTiffSlide),
+)
+
+
 def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Slide:
     """Opens a slide, or a plain image whose mpp is given.
 
     Args:
-        path: anything OpenSlide reads, or a PNG, JPEG or TIFF.
+        path: anything OpenSlide reads, a PNG, JPEG or TIFF, a Deep Zoom image (.dzi), or an
+            OME-Zarr folder.
         mpp: micrometres per level-0 pixel. For a slide it overrules what the file says; a plain
             image needs it, unless its TIFF tags give a plausible one.
 
@@ -127,10 +139,13 @@ def open_slide(path: str | os.PathLike[str], *, mpp: float | None = None) -> Sli
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}: check the name")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: give the slide file in it")
     if mpp is not None:
         check_mpp(mpp, str(path))
+    for suits, reader in _READERS:
+        if suits(path):
+            return reader(path, mpp)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the slide file in it")
     if openslide.OpenSlide.detect_format(path) is not None:
         return OpenSlideSlide(path, mpp)
     pixels, own_mpp, properties = read_image(path)

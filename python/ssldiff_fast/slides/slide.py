@@ -64,7 +64,7 @@ class Slide(ABC):
     @property
     @abstractmethod
     def hash(self) -> str:
-        """Content hash with its kind: `quickhash-1:`, `sha256:` or `sha256-ends:`."""
+        """Content hash with its kind: `quickhash-1:`, `sha256:`, `-ends:` or `-coarse:`."""
 
     @abstractmethod
     def _read_level(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:

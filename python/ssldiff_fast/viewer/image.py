@@ -13,7 +13,7 @@ from typing import Any
 from ..slides.reader import open_slide
 from ..slides.slide import MppError, Slide
 
-# What our writers put first into the description of a file; JSON follows on the next line.
+# What our writers put first into the description of a file; the next line is JSON.
 SYNTHETIC = "SYNTHETIC image"
 _DESCRIPTIONS = ("tiff.ImageDescription", "openslide.comment", "description")
 # A larger file beside an image is no recipe of ours.
@@ -78,7 +78,7 @@ def _synthetic(slide: Slide, path: Path) -> tuple[bool, Mapping[str, Any]]:
     for name in _DESCRIPTIONS:
         text = slide.properties.get(name, "")
         if text.startswith(SYNTHETIC):
-            return True, _json(text.partition("\n")[2]) or beside
+            return True, _json((text.splitlines()[1:] or [""])[0]) or beside
     return beside.get("synthetic") is True, beside
 
 

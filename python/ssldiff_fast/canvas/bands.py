@@ -31,6 +31,8 @@ def micro_batches(count: int, batch_size: int) -> list[Tensor]:
         One [B] int64 tensor of columns a micro-batch; B is the same for all.
     """
     check_positive("batch_size", batch_size, call="micro_batches")
+    if count == 0:
+        return []
     groups = -(-count // batch_size)
     size = -(-count // groups)
     return [

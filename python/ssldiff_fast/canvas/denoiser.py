@@ -4,17 +4,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ssldiff_fast._checks import check_dtype, check_positive, check_shape
-from ssldiff_fast.canvas.bands import blend_window_rows, crop_windows, micro_batches
+from ssldiff_fast._checks import (
+    check_count,
+    check_dtype,
+    check_finite,
+    check_number,
+    check_shape,
+)
 from ssldiff_fast.canvas.conditioning import Cond
+from ssldiff_fast.canvas.mask import TissueMask
 from ssldiff_fast.canvas.regions import with_regions
-from ssldiff_fast.diffusion.guidance import guide
+from ssldiff_fast.canvas.stages import Rows, StepSettings, WindowStage
+from ssldiff_fast.canvas.window_rows import RowEvaluator
+from ssldiff_fast.diffusion.prediction import denoised_coefficients
+from ssldiff_fast.diffusion.schedule import Schedule
 from ssldiff_fast.ops import WindowPlan
 
 # Whatever a denoiser keeps between `prepare` and its calls.
@@ -81,12 +90,6 @@ class Field(Protocol):
         ...
 
 
-def unconditional(field: Field, cond: Cond) -> Cond:
-    """What guidance goes away from: the field's `uncond`, or zeros like one window of `cond`."""
-    # The null embedding is the zero vector (what the published models were trained with).
-    return field.uncond if hasattr(field, "uncond") else torch.zeros_like(cond[:1])
-
-
 class CanvasDenoiser:
     """The model output on the whole canvas, as a function of the canvas and t.
 
@@ -94,47 +97,67 @@ class CanvasDenoiser:
     cut from the canvas, denoised in canonical micro-batches and averaged (paper Eq. 6); beside
     canvas and result only a few window rows are in memory.
 
+    What the bytes depend on: the network and its device, dtype and library versions, the windows,
+    the field, the guidance, the mask and `batch_size`. Not on the threads that our operators use,
+    nor on the order in which canvas rows are finished. (A network may round differently with
+    another number of threads; PyTorch's convolutions on a CPU can.)
+
     Args:
         denoiser: The network for windows.
         windows: One plan for all steps, or a function from the step to its plan.
-        field: The conditioning; it must cover the canvas.
+        field: The conditioning, which must cover the canvas; a list of them for a batch of
+            canvases [B, C, H, W], one each.
         guidance_scale: 1 is no guidance.
+        guidance_interval: (low, high): outside low <= t <= high there is no guidance, and only
+            the conditional is evaluated (Kynkaanniemi et al. 2024). None: guidance everywhere.
         batch_size: Windows of one network call, at most; it belongs to the recipe, for the rounding
             of a network depends on it.
-        rows_held: Window rows gathered before they are averaged; changes memory, not the result.
+        mask: Where there is tissue. Windows without any are not evaluated and count as windows
+            whose denoised latent is the `background`.
+        background: [C, h, w] latent that is repeated over the canvas; [C, 1, 1] for one colour.
+            Needed with `mask`.
+        schedule: Of the model; with `mask` it turns the background into a model output where a
+            scheduler of other libraries steps. `sample` passes its own.
     """
 
     def __init__(
         self,
         denoiser: WindowDenoiser,
         windows: Windows,
-        field: Field,
+        field: Field | Sequence[Field],
         *,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
         batch_size: int = 16,
-        rows_held: int | None = None,
+        mask: TissueMask | Tensor | None = None,  # [R, K] bool
+        background: Tensor | None = None,  # [C, h, w] fp32
+        schedule: Schedule | None = None,
     ) -> None:
         call = "CanvasDenoiser"
-        check_positive("batch_size", batch_size, call=call)
-        if rows_held is not None:
-            check_positive("rows_held", rows_held, call=call)
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"{call}: guidance_scale is {guidance_scale}, but it must be finite.")
-        self.denoiser = with_regions(denoiser, [field])
+        self.fields = list(field) if isinstance(field, Sequence) else [field]
+        self.denoiser = with_regions(denoiser, self.fields)
         self.windows = windows
-        self.field = field
-        self.guidance_scale = float(guidance_scale)
-        self.batch_size = batch_size
-        self.rows_held = rows_held
-        if self.guidance_scale != 1.0 and getattr(field, "uncond", field) is None:
+        self.guidance_scale = check_number("guidance_scale", guidance_scale, call=call)
+        if self.guidance_scale != 1.0 and any(getattr(f, "uncond", f) is None for f in self.fields):
             raise ValueError(
                 f"{call}: guidance_scale is {guidance_scale}, but the field has no unconditional "
                 "embedding; give it uncond= (the negative prompt's), or guidance_scale=1."
             )
-        self._prepared: tuple[WindowPlan, State] | None = None
-        plan = windows if isinstance(windows, WindowPlan) else windows(0)
+        self.guidance_interval = _checked_interval(guidance_interval)
+        self.batch_size = check_count("batch_size", batch_size, call=call)
+        self.mask = TissueMask(mask) if isinstance(mask, Tensor) else mask
+        self.background = _checked_background(background, self.mask, denoiser)
+        self.schedule = schedule
+        plan = self.plan(0)
         self._check_plan(plan)
         self.size = (plan.height, plan.width)
+        self.evaluator = RowEvaluator(
+            self.denoiser,
+            self.fields,
+            self.batch_size,
+            self.mask,
+            keep_prepared=self.has_one_plan,
+        )
 
     @property
     def prediction(self) -> str:
@@ -146,42 +169,13 @@ class CanvasDenoiser:
         """Latent channels C."""
         return self.denoiser.channels
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        x: Tensor,  # [C, H, W] fp32
-        t: float | Tensor,
-        *,
-        step: int | None = None,
-    ) -> Tensor:
-        """The model output on the canvas.
+    @property
+    def has_one_plan(self) -> bool:
+        """Whether the windows are the same in every step."""
+        return isinstance(self.windows, WindowPlan)
 
-        Args:
-            x: The canvas.
-            t: The time that the network is told.
-            step: Number of the step, from 0; needed where the windows change from step to step.
-
-        Returns:
-            [C, H, W] fp32.
-        """
-        call = "CanvasDenoiser"
-        check_dtype("x", x, [torch.float32], call=call)
-        sizes = {"C": self.channels, "H": self.size[0], "W": self.size[1]}
-        check_shape("x", x, "C H W", sizes, call=call)
-        plan = self._plan(step)
-        state = self._state(plan)
-        time = float(t)
-        where = f"step {step}" if step is not None else f"t = {time:g}"
-        rows = (
-            self._window_row(x, time, plan, state, row, where) for row in range(len(plan.origins_y))
-        )
-        output, y = torch.empty_like(x), 0
-        for band in blend_window_rows(plan, rows, rows_held=self.rows_held):
-            output[:, y : y + band.shape[1]] = band
-            y += band.shape[1]
-        return output
-
-    def _plan(self, step: int | None) -> WindowPlan:
+    def plan(self, step: int | None) -> WindowPlan:
+        """The windows of a step."""
         if isinstance(self.windows, WindowPlan):
             return self.windows
         if step is None:
@@ -191,56 +185,82 @@ class CanvasDenoiser:
             )
         return self.windows(step)
 
-    def _state(self, plan: WindowPlan) -> State:
-        # One plan for all steps is prepared once; identity first, as plans compare by content.
-        if self._prepared is None or (self._prepared[0] is not plan and self._prepared[0] != plan):
-            cond = self.field.at(plan.origins)
-            uncond = unconditional(self.field, cond) if self.guidance_scale != 1.0 else None
-            self._prepared = (plan, self.denoiser.prepare(cond, uncond))
-        return self._prepared[1]
+    def scale_at(self, t: float) -> float:
+        """The guidance scale at a time: 1 outside the interval."""
+        if self.guidance_interval is None:
+            return self.guidance_scale
+        low, high = self.guidance_interval
+        return self.guidance_scale if low <= t <= high else 1.0
 
-    def _window_row(
-        self, x: Tensor, t: float, plan: WindowPlan, state: State, row: int, where: str
+    def evaluations(self, step: int, t: float) -> tuple[int, int]:
+        """Network evaluations of a step, of one canvas, and how many the mask saves.
+
+        A guided pair counts as two.
+        """
+        plan, pair = self.plan(step), 1 if self.scale_at(t) == 1.0 else 2
+        done = self.evaluator.count(plan)
+        return pair * done, pair * (len(plan) - done)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x: Tensor,  # [C, H, W] or [B, C, H, W] fp32
+        t: float | Tensor,
+        *,
+        step: int | None = None,
     ) -> Tensor:
-        """The guided model output of one window row: [Q, C, h, w] fp32."""
-        count = len(plan.origins_x)
-        outputs = []
-        for columns in micro_batches(count, self.batch_size):
-            crops = crop_windows(x, plan, row, columns)
-            output = self.denoiser(crops, t, state, columns + row * count)
-            pair = 1 if self.guidance_scale == 1.0 else 2
-            expected = (pair, *crops.shape)
-            if tuple(output.shape) != expected:
-                raise RuntimeError(
-                    f"CanvasDenoiser: the model output at {where} has shape "
-                    f"{list(output.shape)}, but {list(expected)} was expected; the denoiser must "
-                    "return one output of the windows' shape for each of the guided pair."
-                )
-            dtype, output = output.dtype, output.float()
-            guided = guide(output[0], output[1], self.guidance_scale) if pair == 2 else output[0]
-            self._check_output(guided, plan, row, columns, where, dtype)
-            outputs.append(guided)
-        return torch.cat(outputs)[:count]
+        """The model output on the canvas.
 
-    @staticmethod
-    def _check_output(
-        output: Tensor,
-        plan: WindowPlan,
-        row: int,
-        columns: Tensor,
-        where: str,
-        dtype: torch.dtype,
-    ) -> None:
-        finite = torch.isfinite(output).flatten(1).all(1)
-        if bool(finite.all()):
-            return
-        column = int(columns[int((~finite).nonzero()[0])])
-        origin = (plan.origins_y[row], plan.origins_x[column])
-        raise RuntimeError(
-            f"CanvasDenoiser: the model output became NaN or infinite at {where}, in the window "
-            f"with origin {origin}, in {str(dtype).removeprefix('torch.')}; use float32, or check "
-            "the model's weights and the grid."
+        Args:
+            x: The canvas, or a batch of them.
+            t: The time that the network is told.
+            step: Number of the step, from 0; needed where the windows change from step to step.
+
+        Returns:
+            The shape of x, fp32.
+        """
+        canvas = self.as_batch("x", x, call="CanvasDenoiser")
+        time = _as_time(t)
+        settings = StepSettings(
+            time=time,
+            guidance_scale=self.scale_at(time),
+            where=f"step {step}" if step is not None else f"t = {time:g}",
+            background=self.background,
+            of_denoised=self._of_denoised(time),
         )
+        stage = WindowStage(self.plan(step), self.evaluator, settings)
+        stage.push(Rows(0, canvas))
+        output = torch.empty_like(canvas)
+        while not stage.finished:
+            for band in stage.advance():
+                output[:, :, band.begin : band.end] = band.canvas
+        return output if x.ndim == 4 else output[0]
+
+    def as_batch(self, name: str, x: Tensor, *, call: str) -> Tensor:
+        """A canvas or a batch of them as [B, C, H, W], checked."""
+        check_dtype(name, x, [torch.float32], call=call)
+        sizes = {"C": self.channels, "H": self.size[0], "W": self.size[1]}
+        if x.ndim == 4:
+            check_shape(name, x, "B C H W", sizes, call=call)
+        else:
+            check_shape(name, x, "C H W", sizes, call=call)
+            x = x[None]
+        if len(self.fields) not in (1, len(x)):
+            raise ValueError(
+                f"{call}: {name} holds {len(x)} canvases, but there are {len(self.fields)} fields; "
+                "pass one field for all, or one for each canvas."
+            )
+        return x
+
+    def _of_denoised(self, time: float) -> tuple[float, float] | None:
+        if self.background is None or self.prediction == "x0":
+            return (0.0, 1.0)
+        if self.schedule is None:
+            raise ValueError(
+                "CanvasDenoiser: schedule is None, but with a mask the background latent must be "
+                f"turned into the model's prediction ({self.prediction}); pass schedule=."
+            )
+        return denoised_coefficients(self.prediction, self.schedule.abar(round(time)))
 
     def _check_plan(self, plan: WindowPlan) -> None:
         if tuple(plan.window) != tuple(self.denoiser.window):
@@ -248,9 +268,61 @@ class CanvasDenoiser:
                 f"CanvasDenoiser: windows are {plan.window}, but the model denoises windows of "
                 f"{tuple(self.denoiser.window)} latents; make the plan with that size."
             )
-        covered = self.field.size
-        if covered[0] < plan.height or covered[1] < plan.width:
+        for field in self.fields:
+            height, width = field.size
+            if height < plan.height or width < plan.width:
+                raise ValueError(
+                    f"CanvasDenoiser: field covers {height} x {width} latents, but the canvas is "
+                    f"{plan.height} x {plan.width}; use a larger grid or a smaller canvas."
+                )
+            wrap = getattr(field, "wrap", plan.wrap)
+            for axis, ours, its, mine, size in zip(
+                "yx", plan.wrap, wrap, (plan.height, plan.width), (height, width)
+            ):
+                if ours and not (its and mine == size):
+                    raise ValueError(
+                        f"CanvasDenoiser: windows wrap along {axis}, but the field does not with "
+                        f"the canvas's period of {mine} latents; make it with wrap= and that size."
+                    )
+
+
+def _as_time(t: float | Tensor) -> float:
+    if isinstance(t, Tensor) and t.numel() != 1:
+        if t.ndim > 1 or not bool((t == t.flatten()[0]).all()):
             raise ValueError(
-                f"CanvasDenoiser: field covers {covered[0]} x {covered[1]} latents, but the canvas "
-                f"is {plan.height} x {plan.width}; use a larger grid or a smaller canvas."
+                f"CanvasDenoiser: t has shape {list(t.shape)}, but all windows of a canvas are "
+                "denoised at one time; pass one number."
             )
+        t = t[0]
+    time = float(t)
+    if not math.isfinite(time):
+        raise ValueError(f"CanvasDenoiser: t is {time}, but it must be finite.")
+    return time
+
+
+def _checked_interval(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    if len(interval) != 2 or not interval[0] <= interval[1]:
+        raise ValueError(
+            f"CanvasDenoiser: guidance_interval is {interval}, but it must be (low, high) in t "
+            "with low <= high."
+        )
+    return float(interval[0]), float(interval[1])
+
+
+def _checked_background(
+    background: Tensor | None, mask: TissueMask | None, denoiser: WindowDenoiser
+) -> Tensor | None:
+    call = "CanvasDenoiser"
+    if (mask is None) != (background is None):
+        there, missing = ("mask", "background") if background is None else ("background", "mask")
+        raise ValueError(
+            f"{call}: {missing} is None, but {there} was given; what the mask leaves out takes "
+            "the background latent, so pass both or neither."
+        )
+    if background is None:
+        return None
+    check_shape("background", background, "C _ _", {"C": denoiser.channels}, call=call)
+    check_finite("background", background, call=call)
+    return background.detach().float()

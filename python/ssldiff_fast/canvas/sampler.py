@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sampling loop on the canvas."""
+"""The sampling loop on the canvas, in the plain order: one step after another."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Protocol
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ssldiff_fast._checks import check_dtype, check_finite, check_shape
-from ssldiff_fast.canvas.noise import canvas_noise
+from ssldiff_fast._checks import check_choice, check_shape
+from ssldiff_fast.canvas.run import Run, Seeds, Settings, run_recipe
+from ssldiff_fast.canvas.stages import Rows, Stage
+from ssldiff_fast.canvas.start import NoiseRows, Start
+from ssldiff_fast.canvas.state import Snapshot, StateFolder
+from ssldiff_fast.canvas.wavefront import sample_rows
 from ssldiff_fast.diffusion.schedule import Schedule
-from ssldiff_fast.diffusion.solvers import AffineStep, apply_step, denoised, get_solver
+from ssldiff_fast.slides.output import check_output, make_folder
 
 StepCallback = Callable[[Any, int, float, dict[str, Tensor]], "dict[str, Tensor] | None"]
+StatePath: TypeAlias = StateFolder | str | os.PathLike[str]
+
+ORDERS = ("plain", "wavefront")
+# Rows of the start that are drawn at once.
+_START_ROWS = 256
 
 
 class Denoiser(Protocol):
@@ -28,99 +37,228 @@ class Denoiser(Protocol):
         ...
 
     def __call__(self, x: Tensor, t: float, *, step: int | None = None) -> Tensor:
-        """[C, H, W] fp32 -> [C, H, W] fp32."""
+        """[C, H, W] fp32 -> [C, H, W] fp32; [B, C, H, W] where it is sampled in batches."""
         ...
 
 
+@torch.no_grad()
 def sample(
     denoiser: Denoiser,
-    noise: Tensor,  # [C, H, W] fp32
+    noise: Tensor | NoiseRows,  # [C, H, W] or [B, C, H, W] fp32
     *,
     schedule: Schedule,
     solver: str = "ddim",
     steps: int = 50,
     spacing: str = "trailing",
     eta: float = 0.0,
-    seed: int = 0,
+    seed: Seeds = 0,
+    order: str = "plain",
     step_noise: Callable[[int], Tensor] | None = None,
     callback_on_step_end: StepCallback | None = None,
+    state: StatePath | None = None,
+    resume: bool | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    scratch: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Denoise a canvas.
+    """Denoise a canvas, or a batch of canvases.
+
+    The bytes do not depend on the order, on an interruption, or on where the canvas lies. They do
+    depend on what `CanvasDenoiser` names: the network and its dtype, device, libraries and
+    micro-batch size.
 
     Args:
         denoiser: Callable (x, t, step=) -> model output; usually a `CanvasDenoiser`.
-        noise: The canvas to start from, for example `canvas_noise(seed, C, H, W)`.
+        noise: The canvas to start from, for example `canvas_noise(seed, C, H, W)`; or a function
+            from rows (begin, end) to [C, n, W], which spares the memory of one canvas. One that is
+            given whole is left as it was.
         schedule: The schedule that the model was trained with.
         solver: "ddim", "dpmpp_2m" or "authors".
         steps: Number of steps.
-        spacing: "trailing" (starts in the noisiest step) or "leading".
+        spacing: "trailing" (starts in the noisiest step, so that what the network is told of the
+            noise is what is there; needed with zero terminal SNR) or "leading".
         eta: Share of fresh noise in every step; 0 is deterministic.
-        seed: Seed of that fresh noise, which is a function of seed, coordinate and step.
-        step_noise: Step (from 0) -> [C, H, W] noise, instead of the seed's.
+        seed: Seed of that fresh noise, which is a function of seed, coordinate and step; for a
+            batch one for all or one each.
+        order: "plain" finishes each step before the next; "wavefront" lets every step follow one
+            window height behind the one before (`sample_rows` hands on the rows as they come).
+        step_noise: Step (from 0) -> [C, H, W] noise, instead of the seed's; plain order only.
         callback_on_step_end: Called as (denoiser, step, t, {"latents": canvas, "denoised": x0})
             after every step, as in diffusers; a canvas returned under "latents" replaces ours.
+            Plain order only.
+        state: A folder that keeps the run: after a kill the same call goes on and ends in the same
+            bytes. Ctrl-C then stops after the micro-batch under way. Writing takes under 1 % of
+            the time.
+        resume: True: there must be a state to go on from; False: start over; None: go on where
+            there is one.
+        recipe: JSON values that say what else decides the bytes, such as the model's weights; a
+            state of another recipe is refused.
+        scratch: A folder for the canvas as a memory-mapped file, for canvases larger than the
+            memory; what is returned lies there.
         progress: Show a progress bar.
 
     Returns:
-        [C, H, W] fp32, the denoised canvas.
+        The denoised canvas, of the shape and on the device of the noise, fp32.
     """
     call = "sample"
-    sizes = check_shape("noise", noise, "C H W", call=call)
-    check_dtype("noise", noise, [torch.float32], call=call)
-    check_finite("noise", noise, call=call)
-    if not (math.isfinite(eta) and eta >= 0.0):
-        raise ValueError(f"{call}: eta is {eta}, but it must be 0 or above.")
-    timesteps = schedule.timesteps(steps, spacing)
-    plan = get_solver(solver)(schedule, timesteps, prediction=denoiser.prediction, eta=eta)
+    check_choice("order", order, ORDERS, call=call)
+    settings = Settings(
+        schedule, solver, steps, spacing, eta, seed, state, resume, recipe or {}, progress
+    )
+    start = Start.of(noise, denoiser, call=call)
+    if order == "wavefront":
+        for name, given in (
+            ("step_noise", step_noise),
+            ("callback_on_step_end", callback_on_step_end),
+        ):
+            if given is not None:
+                raise ValueError(
+                    f"{call}: {name} needs the whole canvas of a step, which the wavefront order "
+                    "never has; sample with order='plain'."
+                )
+        canvas = _allocate(start, "canvas", scratch)
+        for rows in sample_rows(
+            denoiser,  # type: ignore[arg-type]  # it says so itself
+            noise,
+            schedule=schedule,
+            solver=solver,
+            steps=steps,
+            spacing=spacing,
+            eta=eta,
+            seed=seed,
+            state=state,
+            resume=resume,
+            recipe=recipe,
+            progress=progress,
+        ):
+            canvas[..., rows.begin : rows.end, :] = rows.canvas
+        return canvas[0] if start.single else canvas
+    run = Run(
+        denoiser,
+        settings,
+        start.shape[0],
+        call=call,
+        step_noise=step_noise,
+        keeps_denoised=callback_on_step_end is not None,
+    )
+    canvas = _PlainOrder(run, start, scratch, callback_on_step_end).finish()
+    return canvas[0] if start.single else canvas
 
-    def drawn(step: int) -> Tensor:
-        if step_noise is not None:
-            return step_noise(step).to(noise)
-        # Step 0 of the counter is the noise that runs start from.
-        return canvas_noise(
-            seed, sizes["C"], sizes["H"], sizes["W"], step=step + 1, device=noise.device
+
+def _allocate(start: Start, name: str, scratch: str | os.PathLike[str] | None) -> Tensor:
+    """A canvas in memory or in a memory-mapped file."""
+    if scratch is None:
+        return torch.empty(start.shape, device=start.device)
+    if start.device.type != "cpu":
+        raise ValueError(
+            f"sample: scratch maps a file into memory, but the canvas is on {start.device}; leave "
+            "it out, or keep the canvas on the CPU."
+        )
+    folder = make_folder(scratch)
+    numbers = math.prod(start.shape)
+    check_output(folder / f"{name}.f32", overwrite=True, needs=4 * numbers)
+    mapped = torch.from_file(
+        str(folder / f"{name}.f32"), shared=True, size=numbers, dtype=torch.float32
+    )
+    return mapped.view(start.shape)
+
+
+class _PlainOrder:
+    """One step after another, each written over the one before."""
+
+    def __init__(
+        self,
+        run: Run,
+        start: Start,
+        scratch: str | os.PathLike[str] | None,
+        callback: StepCallback | None,
+    ) -> None:
+        self._run = run
+        self._start = start
+        self._callback = callback
+        self._canvas = _allocate(start, "canvas", scratch)
+        self._denoised = _allocate(start, "denoised", scratch) if run.needs_history else None
+        self._number = 0
+        self._stage: Stage | None = None
+
+    def finish(self) -> Tensor:
+        """All steps; the denoised canvas [B, C, H, W]."""
+        run = self._run
+        recipe = run_recipe(run, "plain", self._start.shape, self._start.identity)
+        found = run.start(recipe)
+        finished = False
+        try:
+            if found is None:
+                for y in range(0, self._start.shape[2], _START_ROWS):
+                    end = min(y + _START_ROWS, self._start.shape[2])
+                    self._canvas[:, :, y:end] = self._start.rows(y, end)
+            else:
+                self._restore(found)
+            while self._number < len(run.steps):
+                self._step()
+            finished = True
+        finally:
+            run.close(finished=finished)
+        return self._canvas
+
+    def _begin(self) -> Stage:
+        stage = self._run.stage(self._number, self._canvas)
+        stage.push(Rows(0, self._canvas, self._denoised))
+        return stage
+
+    def _step(self) -> None:
+        stage = self._stage = self._stage or self._begin()
+        while not stage.finished:
+            for band in self._run.advance(stage, self._snapshot):
+                here = slice(band.begin, band.end)
+                self._canvas[:, :, here] = band.canvas
+                if self._denoised is not None and band.denoised is not None:
+                    self._denoised[:, :, here] = band.denoised
+            if not stage.finished:
+                self._run.checkpoint(self._snapshot)
+        self._run.step_done(self._number)
+        if self._callback is not None:
+            self._call_back(self._callback)
+        self._stage = None
+        self._number += 1
+        if self._number < len(self._run.steps):
+            self._run.checkpoint(self._snapshot)
+
+    def _snapshot(self) -> Snapshot:
+        tensors, numbers = ({}, None) if self._stage is None else self._stage.snapshot()
+        whole = {"canvas": self._canvas}
+        if self._denoised is not None:
+            whole["denoised"] = self._denoised
+        return Snapshot(
+            {**whole, **{f"stage/{name}": tensor for name, tensor in tensors.items()}},
+            {"step": self._number, "stage": numbers, "evaluations": self._run.evaluations},
         )
 
-    x, history = noise, None
-    bar = tqdm(plan, desc="denoising", unit="step", disable=not progress)
-    for number, step in enumerate(bar):
-        output = denoiser(x, step.time, step=number)
-        _check_output(output, x, number)
-        now = denoised(step, x, output)
-        x = apply_step(
-            step, x, output, noise=drawn(number) if step.noise else None, history=history
-        )
-        history = now
-        if callback_on_step_end is not None:
-            x = _call_back(callback_on_step_end, denoiser, number, step, x, now)
-    return x
+    def _restore(self, found: Snapshot) -> None:
+        self._canvas.copy_(found.tensors["canvas"])
+        if self._denoised is not None:
+            self._denoised.copy_(found.tensors["denoised"])
+        self._number = found.numbers["step"]
+        if found.numbers["stage"] is not None:
+            self._stage = self._begin()
+            own = {
+                name.removeprefix("stage/"): tensor.to(self._canvas.device)
+                for name, tensor in found.tensors.items()
+                if name.startswith("stage/")
+            }
+            self._stage.restore(own, found.numbers["stage"])
 
-
-def _check_output(output: Tensor, x: Tensor, number: int) -> None:
-    if output.shape != x.shape:
-        raise RuntimeError(
-            f"sample: the model output at step {number} has shape {list(output.shape)}, but the "
-            f"canvas is {list(x.shape)}; the denoiser must keep the shape."
-        )
-    if not bool(torch.isfinite(output).all()):
-        dtype = str(output.dtype).removeprefix("torch.")
-        raise RuntimeError(
-            f"sample: the model output became NaN or infinite at step {number} in {dtype}; use "
-            "float32, or check the model's weights and the grid."
-        )
-
-
-def _call_back(
-    callback: StepCallback,
-    denoiser: Denoiser,
-    number: int,
-    step: AffineStep,
-    x: Tensor,
-    now: Tensor,
-) -> Tensor:
-    answer = callback(denoiser, number, step.time, {"latents": x, "denoised": now})
-    if not answer or "latents" not in answer:
-        return x
-    check_shape("latents", answer["latents"], " ".join(map(str, x.shape)), call="callback")
-    return answer["latents"].to(x)
+    def _call_back(self, callback: StepCallback) -> None:
+        step, canvas = self._run.steps[self._number], self._canvas
+        shown = {"latents": canvas, "denoised": self._denoised}
+        given = {
+            name: tensor[0] if self._start.single else tensor
+            for name, tensor in shown.items()
+            if tensor is not None
+        }
+        answer = callback(self._run.denoiser, self._number, step.time, given)
+        if not answer or "latents" not in answer:
+            return
+        latents = answer["latents"]
+        check_shape("latents", latents, " ".join(map(str, given["latents"].shape)), call="callback")
+        canvas.copy_(latents.expand_as(canvas))

@@ -54,7 +54,7 @@ def test_one_prompt_is_held_once_for_all_windows() -> None:
     toy = Counting()
     CanvasDenoiser(toy, plan(), PromptField(prompts(1)))(canvas_noise(0, 3, 24, 32), 300)
     assert toy.cond is not None
-    assert toy.cond.shape == (len(plan()), 2, 4)
+    assert toy.cond.shape == (len(plan().origins_x), 2, 4)
     assert toy.cond.stride(0) == 0
 
 

@@ -5,11 +5,16 @@ from ssldiff_fast.canvas.conditioning import Conditioning
 from ssldiff_fast.canvas.decode import decode_image, decode_overlapped
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser, WindowDenoiser
 from ssldiff_fast.canvas.field import GridField, PromptField
+from ssldiff_fast.canvas.interrupt import Interrupted
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
+from ssldiff_fast.canvas.mask import TissueMask
 from ssldiff_fast.canvas.noise import canvas_noise
 from ssldiff_fast.canvas.presets import PRESETS, Preset, get_preset
 from ssldiff_fast.canvas.regions import RegionField
 from ssldiff_fast.canvas.sampler import sample
+from ssldiff_fast.canvas.stages import Rows
+from ssldiff_fast.canvas.state import StateFolder
+from ssldiff_fast.canvas.wavefront import sample_rows
 from ssldiff_fast.canvas.windows import ShiftedWindows
 from ssldiff_fast.ops import WindowPlan
 
@@ -18,11 +23,15 @@ __all__ = [
     "CanvasDenoiser",
     "Conditioning",
     "GridField",
+    "Interrupted",
     "LDMDenoiser",
     "Preset",
     "PromptField",
     "RegionField",
+    "Rows",
     "ShiftedWindows",
+    "StateFolder",
+    "TissueMask",
     "WindowDenoiser",
     "WindowPlan",
     "canvas_noise",
@@ -30,4 +39,5 @@ __all__ = [
     "decode_overlapped",
     "get_preset",
     "sample",
+    "sample_rows",
 ]

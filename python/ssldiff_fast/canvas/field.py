@@ -25,6 +25,8 @@ class GridField:
         valid: [R, K] bool; cells that are not take no part. Where none of the four nearest is
             valid the field is zero, the null embedding.
         uncond: [T, D] what guidance goes away from; the null embedding unless given.
+        wrap: whether the last cells of y, and of x, have the first ones for neighbours, for
+            images that are tileable along it.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class GridField:
         *,
         valid: Tensor | None = None,  # [R, K] bool
         uncond: Tensor | None = None,  # [T, D] fp32
+        wrap: tuple[bool, bool] = (False, False),
     ) -> None:
         call = "GridField"
         sizes = check_shape("grid", grid, "R K T D", call=call)
@@ -55,6 +58,10 @@ class GridField:
         self.valid = valid
         self.window = window
         self.mode = mode
+        self.wrap = wrap
+        self._grid, self._valid = _wrapped(self.grid, wrap), valid
+        if valid is not None:
+            self._valid = _wrapped(valid, wrap)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -82,7 +89,15 @@ class GridField:
         """
         check_shape("origins", origins, "N 2", call="GridField.at")
         points = origins.to("cpu", torch.float64) / torch.tensor(self.window, dtype=torch.float64)
-        return interpolate_grid(self.grid, points, mode=self.mode, valid=self.valid)
+        return interpolate_grid(self._grid, points, mode=self.mode, valid=self._valid)
+
+
+def _wrapped(cells: Tensor, wrap: tuple[bool, bool]) -> Tensor:
+    """Cells with the first row and column once more after the last, along axes that wrap."""
+    for axis, wraps in enumerate(wrap):
+        if wraps:
+            cells = torch.cat((cells, cells.narrow(axis, 0, 1)), dim=axis)
+    return cells
 
 
 class PromptField:

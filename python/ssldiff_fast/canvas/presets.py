@@ -28,6 +28,7 @@ class Preset:
         decode_overlap: Tiles that cover a latent along each axis of the decode.
         decode_weights: Weights of a tile's pixels in the decode's blend.
         spacing: Spacing of the timesteps.
+        guidance_interval: (low, high) in t outside of which there is no guidance; None: everywhere.
         overlapped_steps: Last steps in which shifted windows overlap by a quarter, so that their
             borders blend.
     """
@@ -45,6 +46,7 @@ class Preset:
     decode_weights: str = "gaussian"
     spacing: str = "trailing"
     overlapped_steps: int = 0
+    guidance_interval: tuple[float, float] | None = None
 
     def stride(self, window: tuple[int, int]) -> tuple[int, int]:
         """The stride (y, x) in latents of regular windows."""
@@ -63,6 +65,7 @@ class Preset:
         seed: int,
         steps: int | None = None,
         stride: int | tuple[int, int] | None = None,
+        wrap: tuple[bool, bool] = (False, False),
     ) -> WindowPlan | ShiftedWindows:
         """The windows on a canvas.
 
@@ -73,6 +76,7 @@ class Preset:
             seed: Where the offsets of shifted windows start.
             steps: Number of steps of the run, if not the preset's own.
             stride: Stride in latents, if not the preset's own.
+            wrap: Whether windows go on round the end of y, and of x.
         """
         if self.shifted:
             return ShiftedWindows(
@@ -83,9 +87,10 @@ class Preset:
                 stride=stride,
                 weights=self.weights,
                 overlap_from=(steps or self.steps) - self.overlapped_steps,
+                wrap=wrap,
             )
         own = self.stride(window) if stride is None else stride
-        return WindowPlan.regular(height, width, window, own, self.weights)
+        return WindowPlan.regular(height, width, window, own, self.weights, wrap=wrap)
 
 
 PRESETS: dict[str, Preset] = {

@@ -24,7 +24,7 @@ class ShiftedWindows:
     sets where the sequence starts.
 
     What the last steps leave is not painted over by later ones, so from step `overlap_from` on
-    neighbours overlap by a quarter window.
+    neighbours overlap by a quarter window. Along axes that wrap, windows go on round the end.
     """
 
     def __init__(
@@ -37,12 +37,14 @@ class ShiftedWindows:
         stride: int | tuple[int, int] | None = None,
         weights: str = "hann",
         overlap_from: int | None = None,
+        wrap: tuple[bool, bool] = (False, False),
     ) -> None:
         check_canvas(height, width, window)
         check_choice("weights", weights, WEIGHTS, call="ShiftedWindows")
         self.height, self.width, self.window, self.weights = height, width, window, weights
         self._stride = window_strides(window if stride is None else stride, window)
         self._overlap_from = overlap_from
+        self.wrap = wrap
         self._start = offset_shares(seed)
 
     def stride(self, step: int) -> tuple[int, int]:
@@ -67,4 +69,5 @@ class ShiftedWindows:
             self.offset(step),
             stride=self.stride(step),
             weights=self.weights,
+            wrap=self.wrap,
         )

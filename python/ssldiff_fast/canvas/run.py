@@ -163,7 +163,7 @@ class Run:
         if self._state is None:
             return
         if at_once:
-            self._state.write(save())
+            self._state.try_write(save())
         else:
             self._state.save_if_due(save())
 
@@ -231,6 +231,11 @@ class Run:
     def evaluations(self) -> int:
         """Network evaluations so far, those before an interruption included."""
         return self._done
+
+    @property
+    def keeps_result(self) -> bool:
+        """Whether the end of the run is kept as well, for a caller who has more to do with it."""
+        return self._state is not None and not self._owns_state
 
     def close(self, *, finished: bool) -> None:
         """Ends the bar and, for a run that is over, drops its states."""

@@ -223,6 +223,8 @@ class _PlainOrder:
         self._number += 1
         if self._number < len(self._run.steps):
             self._run.checkpoint(self._snapshot)
+        elif self._run.keeps_result:
+            self._run.checkpoint(self._snapshot, at_once=True)
 
     def _snapshot(self) -> Snapshot:
         tensors, numbers = ({}, None) if self._stage is None else self._stage.snapshot()

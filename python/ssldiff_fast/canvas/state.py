@@ -218,11 +218,14 @@ class StateFolder:
     def save_if_due(self, snapshot: Snapshot) -> None:
         """Writes a state when its cost allows.
 
-        A full disk does not end the run, which has lost nothing yet: it is said once, and tried
-        again when the next state is due.
+        A full disk does not end the run, which has lost nothing yet: it is tried again when the
+        next state is due.
         """
-        if not self.due(sum(tensor.nbytes for tensor in snapshot.tensors.values())):
-            return
+        if self.due(sum(tensor.nbytes for tensor in snapshot.tensors.values())):
+            self.try_write(snapshot)
+
+    def try_write(self, snapshot: Snapshot) -> None:
+        """Writes a state; where that fails, says so once and lets the run go on."""
         try:
             self.write(snapshot)
             self._warned = False
@@ -278,7 +281,7 @@ def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
     digest = hashlib.blake2b(header.encode(), digest_size=16)
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

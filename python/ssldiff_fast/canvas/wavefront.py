@@ -103,6 +103,8 @@ class Wavefront:
                     yield self._outside(rows)
                 self._run.checkpoint(self._snapshot)
             finished = True
+            if self._run.keeps_result:
+                self._run.checkpoint(self._snapshot, at_once=True)
         except GeneratorExit:
             self._run.checkpoint(self._snapshot, at_once=True)
             raise

@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("ssldiff: interrupted.", err=True)
+    except (click.Abort, KeyboardInterrupt) as stop:
+        click.echo(f"ssldiff: {stop or 'interrupted'}.", err=True)
         return EXIT_INTERRUPTED
     except click.ClickException as error:
         error.show()

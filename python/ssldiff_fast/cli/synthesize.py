@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ..canvas.presets import PRESETS
+from ..canvas.sampler import ORDERS
 from .patches import check_options
 from .patches import synthesize as synthesize_patches
 
@@ -28,14 +29,39 @@ from .patches import synthesize as synthesize_patches
 @click.option("--preset", default="fast", show_default=True, help=f"One of {', '.join(PRESETS)}.")
 @click.option("--steps", type=int, help="Steps, in place of the preset's.")
 @click.option("--guidance-scale", type=float, help="1 is no guidance.")
+@click.option(
+    "--guidance-interval",
+    type=(float, float),
+    metavar="LOW HIGH",
+    help="No guidance outside these times, of 0 to 999.",
+)
 @click.option("--eta", type=float, help="Share of fresh noise in each step of DDIM.")
 @click.option("--stride", type=int, help="Stride of the windows in latents.")
 @click.option("--decode-stride", type=int, help="Stride of the decoder's tiles in latents.")
+@click.option("--wrap", type=click.Choice(["x", "y", "both"]), help="Tileable along it.")
+@click.option("--mask/--no-mask", help="Leave out windows without tissue: glass at no cost.")
+@click.option("--order", type=click.Choice(ORDERS), default="plain", show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--codec", help="Of a TIFF: jpeg or deflate, which is lossless [default: jpeg].")
 @click.option("--quality", type=click.IntRange(1, 100), help="Of JPEG [default: 90].")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path),
+    help="Folder that keeps the run [default: OUT.state].",
+)
+@click.option("--no-state", is_flag=True, help="Keep nothing of a run that is broken off.")
+@click.option(
+    "--resume/--no-resume",
+    default=None,
+    help="Insist on going on, or start over [default: go on where there is a state].",
+)
+@click.option(
+    "--preview",
+    type=click.Path(path_type=Path),
+    help="A .png that shows the canvas while it is denoised.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 def command(
     grid: Path,
@@ -48,17 +74,29 @@ def command(
     preset: str,
     steps: int | None,
     guidance_scale: float | None,
+    guidance_interval: tuple[float, float] | None,
     eta: float | None,
     stride: int | None,
     decode_stride: int | None,
+    wrap: str | None,
+    mask: bool,
+    order: str,
     batch_size: int,
     codec: str | None,
     quality: int | None,
     device: str,
     dtype: str,
+    state: Path | None,
+    no_state: bool,
+    resume: bool | None,
+    preview: Path | None,
     overwrite: bool,
 ) -> None:
-    """Synthesize the image that GRID (made by `ssldiff encode`) describes."""
+    """Synthesize the image that GRID (made by `ssldiff encode`) describes.
+
+    A run that is broken off, by Ctrl-C or by a power cut, goes on when the same command is given
+    again, and ends in the same bytes.
+    """
     given = {"stride": stride, "decode_stride": decode_stride, "codec": codec}
     check_options(patches, {**given, "seeds": seeds, "format": format})
     if patches:
@@ -81,24 +119,37 @@ def command(
         )
     import ssldiff_fast as sf
 
+    out = out or Path(f"{grid.stem}.tif")
+    if no_state and (state or resume):
+        raise click.UsageError("--no-state keeps nothing to go on from; leave it out.")
     done = sf.synthesize(
         model,
         grid,
-        out or f"{grid.stem}.tif",
+        out,
         seed=seed,
         preset=preset,
         steps=steps,
         guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
         eta=eta,
         stride=stride,
         decode_stride=decode_stride,
+        wrap=wrap,
+        mask=mask,
+        order=order,
         batch_size=batch_size,
         codec=codec,
         quality=quality,
         device=device,
         dtype=dtype,
+        state=None if no_state else state or out.with_name(f"{out.name}.state"),
+        resume=resume,
+        preview=preview,
         overwrite=overwrite,
     )
     width, height = done.size_px
     spent = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in done.seconds.items())
     click.echo(f"{done.path}: {width} x {height} px at {done.mpp:g} um ({spent})")
+    if done.evaluations_saved:
+        whole = done.evaluations + done.evaluations_saved
+        click.echo(f"the mask saved {done.evaluations_saved} of {whole} network evaluations")

@@ -15,6 +15,7 @@ from ssldiff_fast._checks import check_choice
 from ssldiff_fast.diffusion.schedule import Schedule
 from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
 from ssldiff_fast.models.conditioner import Conditioner, build_conditioner
+from ssldiff_fast.models.preview import LatentPreview
 from ssldiff_fast.models.unet import UNet
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _OPTIONAL = {
     "scale_factor": 1.0,
     "window": None,
     "encoder": None,
+    "preview": None,
 }
 
 
@@ -92,6 +94,8 @@ class LatentDiffusion(nn.Module):
         self.name = name
         self.encoder_spec = encoder_spec
         self.encoder_weights: dict[str, Tensor] = {}
+        # Latents to colours, where it was fitted; shows a canvas while it is denoised.
+        self.preview: LatentPreview | None = None
         self.source: Path | None = None
         self._encoder: list[Encoder] = []  # in a list, so that it is no part of this module
 
@@ -114,7 +118,7 @@ class LatentDiffusion(nn.Module):
             if conditioner is not None:
                 conditioner = build_conditioner(conditioner)
         window = settings["window"] or unet.config.image_size or 64
-        return cls(
+        model = cls(
             unet,
             vae,
             conditioner,
@@ -125,10 +129,14 @@ class LatentDiffusion(nn.Module):
             name=settings["name"],
             encoder_spec=_build_spec(settings["encoder"]),
         )
+        if settings["preview"] is not None:
+            model.preview = LatentPreview.from_config(settings["preview"])
+        return model
 
     def to_config(self) -> dict[str, Any]:
         """The configuration, as JSON values."""
         kinds = {kind: name for name, kind in _VAES.items()}
+        preview = {} if self.preview is None else {"preview": self.preview.to_config()}
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -141,6 +149,7 @@ class LatentDiffusion(nn.Module):
             "scale_factor": self.scale_factor,
             "window": list(self.window),
             "encoder": None if self.encoder_spec is None else _spec_to_config(self.encoder_spec),
+            **preview,
         }
 
     @property

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A synthesis, checked and ready: what is denoised, how it is decoded, and the recipe of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssldiff_fast._checks import check_choice, check_count, check_number
+from ssldiff_fast.canvas.decode import Pixels, decode_overlapped
+from ssldiff_fast.canvas.denoiser import CanvasDenoiser
+from ssldiff_fast.canvas.field import GridField
+from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
+from ssldiff_fast.canvas.mask import TissueMask
+from ssldiff_fast.canvas.noise import canvas_noise
+from ssldiff_fast.canvas.presets import Preset, get_preset
+from ssldiff_fast.canvas.sampler import StepCallback, sample
+from ssldiff_fast.canvas.state import StateFolder
+from ssldiff_fast.encoders.spec import EncoderSpec
+from ssldiff_fast.models.conditioner import PatchRegionConditioner
+from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.ops.window_plan import window_strides
+from ssldiff_fast.slides.grid import Grid
+
+# Tiles decoded at once on a CPU: 24 a second and core of the bundled model, against 16 at 16, whose
+# feature maps leave the caches and are mapped anew by the allocator for every layer.
+_CPU_TILES = 4
+_WHITE = 243  # grey level of an empty slide, what scanners show between tissue
+WRAPS = {"y": (True, False), "x": (False, True), "both": (True, True)}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where windows and tiles are.
+
+    Attributes:
+        stride: of regular windows in latents, in place of the preset's own.
+        decode_stride: of the decoder's tiles, likewise.
+        wrap: along which axes the image is tileable: None, "x", "y" or "both".
+        mask: whether windows without tissue are left out.
+    """
+
+    stride: int | tuple[int, int] | None = None
+    decode_stride: int | tuple[int, int] | None = None
+    wrap: str | None = None
+    mask: bool = False
+
+    @property
+    def wraps(self) -> tuple[bool, bool]:
+        """Whether the image is tileable along y, and along x."""
+        if self.wrap is None:
+            return False, False
+        check_choice("wrap", self.wrap, WRAPS, call="synthesize")
+        return WRAPS[self.wrap]
+
+
+def settle(preset: str | Preset, **changes: Any) -> Preset:
+    """The preset with the caller's settings in place of its own."""
+    chosen = preset if isinstance(preset, Preset) else get_preset(preset)
+    given = {name: value for name, value in changes.items() if value is not None}
+    if "steps" in given:
+        given["steps"] = check_count("steps", given["steps"], call="synthesize")
+    for name in ("guidance_scale", "eta"):
+        if name in given:
+            given[name] = check_number(name, given[name], call="synthesize")
+    if "guidance_interval" in given:
+        low, high = given["guidance_interval"]
+        given["guidance_interval"] = (float(low), float(high))
+    return dataclasses.replace(chosen, **given)
+
+
+def opened_grid(grid: Grid | str | os.PathLike[str]) -> Grid:
+    if isinstance(grid, Grid):
+        return grid
+    if not isinstance(grid, str | os.PathLike):
+        raise TypeError(
+            f"synthesize: grid is a {type(grid).__name__}, but a Grid or the path of its file was "
+            "expected; see sf.encode and sf.Grid."
+        )
+    return Grid.open(grid)
+
+
+def loaded_model(
+    model: LatentDiffusion | str | os.PathLike[str], device: str | None, dtype: str | None
+) -> LatentDiffusion:
+    if isinstance(model, LatentDiffusion):
+        if device is not None or dtype is not None:
+            raise ValueError(
+                "synthesize: device and dtype are for a model that is loaded here, but a loaded "
+                "one was given; pass them to sf.load instead."
+            )
+        return model
+    from ssldiff_fast.models.load import load
+
+    return load(model, device=device or "cpu", dtype=dtype or "float32")
+
+
+def wanted_grid(model: LatentDiffusion, grid: Grid) -> EncoderSpec | dict[str, int]:
+    """What a grid for the model must be; published models do not name their encoder."""
+    conditioner = model.conditioner
+    if model.encoder_spec is not None or conditioner is None:  # LDMDenoiser refuses the latter
+        return model.encoder_spec or {"tokens": grid.tokens, "width": grid.width}
+    if grid.tokens == 1 and isinstance(conditioner, PatchRegionConditioner):
+        return {"tokens": 1, "width": conditioner.patch_width}  # patches without their regions
+    return {"tokens": conditioner.tokens, "width": conditioner.width}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, checked and ready."""
+
+    model: LatentDiffusion
+    grid: Grid
+    preset: Preset
+    geometry: Geometry
+    canvas_denoiser: CanvasDenoiser
+    decode_stride: tuple[int, int]
+    batch_size: int
+
+    @classmethod
+    def make(
+        cls,
+        model: LatentDiffusion,
+        grid: Grid,
+        preset: Preset,
+        seed: int,
+        geometry: Geometry,
+        batch_size: int,
+    ) -> Plan:
+        """A plan of settings that fit together."""
+        window, wrap = model.window, geometry.wraps
+        size = (grid.shape[0] * window[0], grid.shape[1] * window[1])
+        stride, tiles = geometry.stride, preset.decode_stride(window)
+        if stride is not None:
+            stride = window_strides(stride, window)
+        if geometry.decode_stride is not None:
+            tiles = window_strides(geometry.decode_stride, window, name="decode_stride")
+        windows = preset.windows(
+            *size, window, seed=seed, steps=preset.steps, stride=stride, wrap=wrap
+        )
+        embeddings, valid = background_filled(model, grid)
+        masked = geometry.mask and not bool(grid.valid.all())
+        denoiser = CanvasDenoiser(
+            LDMDenoiser(model),
+            windows,
+            GridField(embeddings, window, preset.interpolation, valid=valid, wrap=wrap),
+            guidance_scale=preset.guidance_scale,
+            guidance_interval=preset.guidance_interval,
+            batch_size=batch_size,
+            mask=TissueMask(grid.valid) if masked else None,
+            background=glass_latent(model) if masked else None,
+        )
+        geometry = dataclasses.replace(geometry, stride=stride, mask=masked)
+        return cls(model, grid, preset, geometry, denoiser, tiles, batch_size)
+
+    @property
+    def _factor(self) -> int:
+        return self.model.downsample_factor
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """(width, height) of the image."""
+        height, width = self.canvas_denoiser.size
+        return width * self._factor, height * self._factor
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of one call of the decoder, at most."""
+        on_cpu = next(self.model.vae.parameters()).device.type == "cpu"
+        return min(self.batch_size, _CPU_TILES) if on_cpu else self.batch_size
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres per pixel of the image: a cell of the grid becomes one window of it."""
+        return self.grid.mpp * self.grid.cell_px / (self.model.window[1] * self._factor)
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything besides the seed that decides the bytes."""
+        model = self.model
+        return {
+            "model": {
+                "name": model.name,
+                "weights": model.weights_hash,
+                "config": digest(_deciding(model.to_config())),
+            },
+            "grid": {
+                "hash": grid_hash(self.grid),
+                "shape": list(self.grid.shape),
+                "encoder": self.grid.encoder.get("name"),
+                "source": self.grid.source.get("name"),
+                "source_hash": self.grid.source.get("hash"),
+            },
+            "size_px": list(self.size_px),
+            "window": list(model.window),
+            "stride": self.geometry.stride
+            and list(window_strides(self.geometry.stride, model.window)),
+            "wrap": self.geometry.wrap,
+            "mask": self.geometry.mask,
+            "preset": dataclasses.asdict(self.preset),
+            "decode_stride": list(self.decode_stride),
+            "batch_size": self.batch_size,
+            "decode_batch_size": self.tiles,
+            "dtype": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
+        }
+
+    def denoise(
+        self,
+        seed: int,
+        *,
+        order: str,
+        state: StateFolder | None,
+        resume: bool | None,
+        callback: StepCallback | None,
+        progress: bool,
+    ) -> Tensor:
+        """The denoised canvas [C, H, W]."""
+        # The canvas lives where the network does, and so do the averages and the solver's steps.
+        device = next(self.model.unet.parameters()).device
+        size = self.canvas_denoiser.size
+        return sample(
+            self.canvas_denoiser,
+            canvas_noise(seed, self.model.latent_channels, *size, device=device),
+            schedule=self.model.schedule,
+            solver=self.preset.solver,
+            steps=self.preset.steps,
+            spacing=self.preset.spacing,
+            eta=self.preset.eta,
+            seed=seed,
+            order=order,
+            state=state,
+            resume=resume,
+            recipe=self.recipe(),
+            callback_on_step_end=callback,
+            progress=progress,
+        )
+
+    def evaluations(self) -> tuple[int, int]:
+        """Evaluations of the network in a run, and those that the mask saves."""
+        steps = self.preset.steps
+        times = self.model.schedule.timesteps(steps, self.preset.spacing)
+        counts = [self.canvas_denoiser.evaluations(n, t) for n, t in enumerate(times)]
+        return sum(done for done, _ in counts), sum(saved for _, saved in counts)
+
+    def decode(self, canvas: Tensor, progress: bool) -> Iterator[Pixels]:
+        """Bands of pixel rows."""
+        pads = [h * wraps for h, wraps in zip(self.model.window, self.geometry.wraps)]
+        bands = decode_overlapped(
+            self.model,
+            _continued(canvas, pads),
+            stride=self.decode_stride,
+            weights=self.preset.decode_weights,
+            batch_size=self.tiles,
+            progress=progress,
+        )
+        top, left = (pad * self._factor for pad in pads)
+        return _cropped(bands, top, left, *reversed(self.size_px))
+
+
+def _continued(
+    canvas: Tensor,  # [C, H, W]
+    pads: list[int],
+) -> Tensor:
+    """A canvas that goes on round its ends, so that the decoder's tiles match there too."""
+    for axis, pad in enumerate(pads, start=1):
+        if pad:
+            index = torch.arange(-pad, canvas.shape[axis] + pad) % canvas.shape[axis]
+            canvas = canvas.index_select(axis, index.to(canvas.device))
+    return canvas
+
+
+def _cropped(
+    bands: Iterator[Pixels], top: int, left: int, height: int, width: int
+) -> Iterator[Pixels]:
+    """The rows `top` to `top + height` of bands, and of each the columns after `left`."""
+    row = 0
+    for band in bands:
+        inside = band[max(0, top - row) : max(0, top + height - row), left : left + width]
+        row += len(band)
+        if len(inside):
+            yield inside
+
+
+@torch.no_grad()
+def glass_latent(model: LatentDiffusion) -> Tensor:  # [C, 1, 1]
+    """The latent of an empty slide, which what the mask leaves out takes."""
+    parameter = next(model.vae.parameters())
+    side = [size * model.downsample_factor for size in model.window]
+    white = torch.full((1, 3, *side), _WHITE / 127.5 - 1.0).to(parameter)
+    latent = model.to_latent(white)[0].float()
+    # Of the middle, where the convolutions' padding does not reach.
+    h, w = (size // 4 for size in latent.shape[1:])
+    middle = latent[:, h : latent.shape[1] - h, w : latent.shape[2] - w]
+    return middle.mean((1, 2), keepdim=True).cpu()
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a model's configuration that decides bytes."""
+    return {name: value for name, value in config.items() if name != "preview"}
+
+
+def background_filled(
+    model: LatentDiffusion, grid: Grid
+) -> tuple[Tensor, Tensor]:  # embeddings [R, K, T, D], valid [R, K]
+    """A grid whose cells without tissue hold the embedding of an empty slide.
+
+    A model without its encoder cannot say what that is; such cells then stay out of the
+    interpolation, and windows far from any other cell are unconditional, as published.
+    """
+    if bool(grid.valid.all()) or model.encoder_spec is None or not model.encoder_weights:
+        return grid.embeddings, grid.valid
+    side = model.encoder_spec.patch_px
+    white = torch.full((1, side, side, 3), _WHITE, dtype=torch.uint8)
+    embeddings = grid.embeddings.clone()
+    embeddings[~grid.valid] = model.encoder(white)[0]
+    return embeddings, torch.ones_like(grid.valid)
+
+
+def grid_hash(grid: Grid) -> str:
+    """sha256 over the embeddings and the valid mask."""
+    digest = hashlib.sha256(str(tuple(grid.embeddings.shape)).encode())
+    digest.update(grid.embeddings.contiguous().numpy().tobytes())
+    digest.update(grid.valid.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    """sha256 of JSON values."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

@@ -288,7 +288,7 @@ def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
 def _difference(there: Any, here: Any, name: str = "") -> str:
     """The first setting in which two recipes differ, in words; empty where they are equal."""
     if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted({*there, *here}):
+        for key in [*there, *(key for key in here if key not in there)]:
             found = _difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)
             if found:
                 return found

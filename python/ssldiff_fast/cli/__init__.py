@@ -74,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except (click.Abort, KeyboardInterrupt) as stop:
-        click.echo(f"ssldiff: {stop or 'interrupted'}.", err=True)
+        # click raises its own after Ctrl-C; a long run says in the first how to go on.
+        click.echo(f"ssldiff: {str(stop.__cause__ or stop) or 'interrupted'}.", err=True)
         return EXIT_INTERRUPTED
     except click.ClickException as error:
         error.show()

@@ -35,7 +35,15 @@ from ssldiff_fast.slides.patch_files import (
     patch_name,
 )
 from ssldiff_fast.slides.slide import RGB
-from ssldiff_fast.synthesis import _CPU_TILES, _hash, _loaded, _opened, _settle, _wanted, grid_hash
+from ssldiff_fast.synthesis_plan import (
+    CPU_TILES,
+    digest,
+    grid_hash,
+    loaded_model,
+    opened_grid,
+    settle,
+    wanted_grid,
+)
 
 RECIPE_FILE = "recipe.json"
 
@@ -120,18 +128,18 @@ def synthesize_patches(
         RuntimeError: NaN or infinity appeared; the message names the patch.
     """
     call = "synthesize_patches"
-    chosen = _settle(preset, steps=steps, guidance_scale=guidance_scale, eta=eta)
+    chosen = settle(preset, steps=steps, guidance_scale=guidance_scale, eta=eta)
     batch_size = check_count("batch_size", batch_size, call=call)
     all_seeds = range(check_seed(seed), check_seed(seed) + check_count("seeds", seeds, call=call))
     check_seed(all_seeds[-1])
-    cells = _opened(grid)
-    loaded = _loaded(model, device, dtype)
-    cells.check_for(_wanted(loaded, cells))
+    cells = opened_grid(grid)
+    loaded = loaded_model(model, device, dtype)
+    cells.check_for(wanted_grid(loaded, cells))
     sampler = _PatchSampler(loaded, cells, chosen, batch_size)
     if format == "jpeg" and quality is None:
         quality = JPEG_QUALITY
     recipe = {**sampler.recipe(), "format": format, "quality": quality}
-    metadata = {"synthetic": True, "recipe_hash": _hash(recipe), "mpp": sampler.mpp}
+    metadata = {"synthetic": True, "recipe_hash": digest(recipe), "mpp": sampler.mpp}
     # The writer checks format and quality before a folder is made.
     writer = PatchFolder(Path(folder), format, quality=quality, mpp=sampler.mpp, metadata=metadata)
     files = writer.files(_patches(cells, all_seeds))
@@ -256,7 +264,7 @@ class _PatchSampler:
         )
         self._device = next(model.unet.parameters()).device
         on_cpu = self._device.type == "cpu"
-        self._decoded = min(batch_size, _CPU_TILES) if on_cpu else batch_size
+        self._decoded = min(batch_size, CPU_TILES) if on_cpu else batch_size
 
     @property
     def size_px(self) -> tuple[int, int]:
@@ -278,7 +286,7 @@ class _PatchSampler:
             "model": {
                 "name": model.name,
                 "weights": model.weights_hash,
-                "config": _hash(model.to_config()),
+                "config": digest(model.to_config()),
             },
             "grid": {
                 "hash": grid_hash(self.grid),

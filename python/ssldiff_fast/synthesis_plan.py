@@ -32,7 +32,7 @@ from ssldiff_fast.slides.grid import Grid
 
 # Tiles decoded at once on a CPU: 24 a second and core of the bundled model, against 16 at 16, whose
 # feature maps leave the caches and are mapped anew by the allocator for every layer.
-_CPU_TILES = 4
+CPU_TILES = 4
 _WHITE = 243  # grey level of an empty slide, what scanners show between tissue
 WRAPS = {"y": (True, False), "x": (False, True), "both": (True, True)}
 
@@ -175,7 +175,7 @@ class Plan:
     def tiles(self) -> int:
         """Tiles of one call of the decoder, at most."""
         on_cpu = next(self.model.vae.parameters()).device.type == "cpu"
-        return min(self.batch_size, _CPU_TILES) if on_cpu else self.batch_size
+        return min(self.batch_size, CPU_TILES) if on_cpu else self.batch_size
 
     @property
     def mpp(self) -> float:

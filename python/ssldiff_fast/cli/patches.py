@@ -9,7 +9,19 @@ from typing import Any
 import click
 
 # Options of large images that patches have no use for, and the other way round.
-_IMAGES_ONLY = ("stride", "decode_stride", "codec")
+_IMAGES_ONLY = (
+    "stride",
+    "decode_stride",
+    "codec",
+    "guidance_interval",
+    "wrap",
+    "mask",
+    "order",
+    "state",
+    "no_state",
+    "resume",
+    "preview",
+)
 _PATCHES_ONLY = ("seeds", "format")
 
 

@@ -97,7 +97,19 @@ def command(
     A run that is broken off, by Ctrl-C or by a power cut, goes on when the same command is given
     again, and ends in the same bytes.
     """
-    given = {"stride": stride, "decode_stride": decode_stride, "codec": codec}
+    given = {
+        "stride": stride,
+        "decode_stride": decode_stride,
+        "codec": codec,
+        "guidance_interval": guidance_interval,
+        "wrap": wrap,
+        "mask": mask or None,
+        "order": None if order == "plain" else order,
+        "state": state,
+        "no_state": no_state or None,
+        "resume": resume,
+        "preview": preview,
+    }
     check_options(patches, {**given, "seeds": seeds, "format": format})
     if patches:
         return synthesize_patches(

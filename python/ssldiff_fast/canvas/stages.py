@@ -16,10 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ssldiff_fast.canvas._shim import CanvasStep, scatter_mean
 from ssldiff_fast.canvas.window_rows import RowEvaluator, WindowRow
 from ssldiff_fast.diffusion.solvers import AffineStep, apply_step, denoised
-from ssldiff_fast.ops import WindowPlan
+from ssldiff_fast.ops import CanvasStep, WindowPlan, scatter_mean
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssldiff_fast.canvas._shim import gather_windows
 from ssldiff_fast.canvas.bands import micro_batches
 from ssldiff_fast.canvas.conditioning import Cond, join_conditioning
-from ssldiff_fast.ops import WindowPlan
+from ssldiff_fast.ops import WindowPlan, gather_windows
 
 if TYPE_CHECKING:
     from ssldiff_fast.canvas.denoiser import Field, WindowDenoiser

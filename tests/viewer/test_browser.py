@@ -250,3 +250,19 @@ def test_a_narrow_window_shows_the_panes_one_over_the_other(
         assert browser.run("return document.body.scrollWidth <= window.innerWidth")
     finally:
         browser.resize(1200, 800)
+
+
+def test_locked_images_stay_so_when_the_window_changes(
+    browser: Browser, serve: Callable[..., Any], pair: tuple[Path, Path]
+) -> None:
+    _open(browser, serve(open_scene(*pair, region=(256, 128, 768, 512))).address)
+    bars = "return [...document.querySelectorAll('.bar')].map((b) => b.offsetWidth)"
+    browser.press("+")
+    try:
+        for size in ((500, 900), (900, 600), (1200, 800)):
+            browser.resize(*size)
+            browser.settled()
+            first, second = browser.run(bars)
+            assert abs(first - second) <= 1
+    finally:
+        browser.resize(1200, 800)

@@ -71,6 +71,15 @@ def test_without_an_mpp_no_mask_is_offered(tmp_path: Path) -> None:
         scene.mask_png(0)
 
 
+def test_a_reference_without_mpp_is_told_its_own_option(
+    tmp_path: Path, pair: tuple[Path, Path]
+) -> None:
+    path = write_slide(tmp_path / "a.tif", tissue_image(), mpp=None)
+    first, second = open_scene(path, path).to_json()["images"]
+    assert "command line: --mpp" in first["no_mpp"]
+    assert "command line: --reference-mpp" in second["no_mpp"]
+
+
 def test_a_grids_cells_lie_on_image_and_reference(pair: tuple[Path, Path], grid_file: Path) -> None:
     scene = open_scene(*pair, grid=grid_file)
     (cells,) = scene.cells

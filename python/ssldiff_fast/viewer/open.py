@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,9 @@ def open_scene(
     )
     images = [open_image(out, mpp=mpp)]
     if reference is not None:
-        images.append(open_image(reference, mpp=reference_mpp))
+        second = open_image(reference, mpp=reference_mpp)
+        advice = second.no_mpp.replace("line: --mpp", "line: --reference-mpp")
+        images.append(dataclasses.replace(second, no_mpp=advice))
     cells = None if grid is None else _open_grid(grid)
     alignment = None
     if len(images) == 2:

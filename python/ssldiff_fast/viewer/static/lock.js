@@ -15,7 +15,8 @@ export class Lock {
     [this.leader] = panes;
     for (const pane of panes) {
       pane.on("lead", () => { this.leader = pane; });
-      pane.on("move", () => this.follow(pane));
+      // One that was moved by something else, such as another size of the window, comes back.
+      pane.on("move", () => this.follow(this.leader, pane));
     }
   }
 
@@ -31,11 +32,19 @@ export class Lock {
     return this.panes[0] === pane ? this.panes[1] : this.panes[0];
   }
 
-  /** Moves the other pane to where one is, if that one leads. */
-  follow(pane) {
-    if (!this.on || pane !== this.leader) return;
-    const { zoom, ...centre } = pane.place;
-    const factor = pane === this.panes[0] ? 1 / this.scale.x : this.scale.x;
-    this.other(pane).place = { ...this.across(pane, centre), zoom: zoom * factor };
+  /** Moves the other pane to where the leader is, if `moved` has brought them apart. */
+  follow(leader, moved = leader) {
+    if (!this.on || leader !== this.leader) return;
+    const { zoom, ...centre } = leader.place;
+    const other = this.other(leader);
+    const factor = leader === this.panes[0] ? 1 / this.scale.x : this.scale.x;
+    const wanted = { ...this.across(leader, centre), zoom: zoom * factor };
+    if (moved === leader || apart(other.place, wanted)) other.place = wanted;
   }
+}
+
+/** Whether two places differ by what is seen: half a screen pixel, or a thousandth of the zoom. */
+function apart(one, other) {
+  const distance = Math.hypot(one.x - other.x, one.y - other.y) * other.zoom;
+  return distance > 0.5 || Math.abs(one.zoom / other.zoom - 1) > 1e-3;
 }

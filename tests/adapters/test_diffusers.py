@@ -145,6 +145,31 @@ def test_regions_with_pooled_embeddings_run_on_a_transformer() -> None:
     assert bool((output[:, :, 12:] - alone[:, :, 12:]).abs().max() > 1e-3)
 
 
+def test_a_batch_of_canvases_with_classes_of_their_own_is_each_by_itself() -> None:
+    denoiser, x = from_diffusers(unet_2d()), canvas_noise(0, 8, 8, 16).view(2, 4, 8, 16)
+    fields = [PromptField(Conditioning(labels=torch.tensor([label]))) for label in (2, 5)]
+    plan = WindowPlan.regular(8, 16, WINDOW, 4)
+    both = CanvasDenoiser(denoiser, plan, fields)(x, 300)
+    for number, field in enumerate(fields):
+        alone = CanvasDenoiser(denoiser, plan, field)(x[number], 300)
+        torch.testing.assert_close(both[number], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_without_tissue_are_not_evaluated() -> None:
+    tissue = torch.tensor([[True, False, False, False]])
+    plan = WindowPlan.regular(8, 32, WINDOW, 4)
+    canvas = CanvasDenoiser(
+        from_diffusers(unet_2d_condition(), prediction="eps"),
+        plan,
+        PromptField(tokens(1)),
+        mask=tissue,
+        background=torch.zeros(4, 1, 1),
+        schedule=Schedule(),
+    )
+    assert canvas.evaluations(0, 500.0) == (2, 5)
+    assert canvas(canvas_noise(0, 4, 8, 32), 500).shape == (4, 8, 32)
+
+
 def test_half_precision_networks_get_half_precision() -> None:
     network = unet_2d_condition().to(torch.bfloat16)
     canvas = CanvasDenoiser(from_diffusers(network), ONE, PromptField(tokens(1)))

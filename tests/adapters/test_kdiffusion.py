@@ -123,6 +123,13 @@ def test_euler_by_sigma_is_ddim_by_timestep() -> None:
     assert float((by_sigma - by_time).norm() / by_time.norm()) < 1e-4
 
 
+def test_a_batch_of_canvases_has_one_sigma_for_all() -> None:
+    view, x = DenoisedPrediction(canvas(), SCHEDULE), canvas_noise(0, 8, 8, 8).view(2, 4, 8, 8)
+    both = view(x, torch.tensor([2.0, 2.0]))
+    for number in range(2):
+        torch.testing.assert_close(both[number], view(x[number], 2.0), rtol=1e-4, atol=1e-4)
+
+
 def test_sigma_and_timestep_are_each_others_inverse() -> None:
     sigmas = Sigmas(SCHEDULE, call="test")
     for t in (0.0, 0.25, 17.0, 500.5, 999.0):

@@ -148,6 +148,25 @@ def test_windows_over_the_end_of_the_canvas_see_its_beginning() -> None:
     assert bool((weights[0, :, 4:] == 1).all())
 
 
+def test_prompts_hold_on_canvases_that_wrap_around() -> None:
+    around = WindowPlan.regular(8, 16, WINDOW, 4, wrap=(False, True))
+    x, prompt = canvas_noise(0, 3, 8, 16), prompts(1)
+    fields = (PromptField(prompt), RegionField(prompt, torch.ones(1, 8, 16)))
+    first, other = (CanvasDenoiser(ConvDenoiser(), around, field)(x, 300) for field in fields)
+    torch.testing.assert_close(first, other)
+    turned = CanvasDenoiser(ConvDenoiser(), around, fields[0])(x.roll(4, 2), 300)
+    torch.testing.assert_close(turned, first.roll(4, 2))
+
+
+def test_each_canvas_of_a_batch_has_regions_of_its_own() -> None:
+    x = canvas_noise(0, 6, 24, 32).view(2, 3, 24, 32)
+    fields = [RegionField(prompts(2, seed), soft_masks()[:2] + 0.1) for seed in (3, 4)]
+    both = CanvasDenoiser(ConvDenoiser(), plan(), fields)(x, 300)
+    for number, field in enumerate(fields):
+        alone = CanvasDenoiser(ConvDenoiser(), plan(), field)(x[number], 300)
+        torch.testing.assert_close(both[number], alone)
+
+
 def test_conditioning_of_all_kinds_is_indexed_together() -> None:
     cond = Conditioning(
         prompts(5), torch.arange(10.0).view(5, 2), torch.arange(5), added={"ids": torch.eye(5)}

@@ -275,6 +275,8 @@ class CanvasDenoiser:
                     f"CanvasDenoiser: field covers {height} x {width} latents, but the canvas is "
                     f"{plan.height} x {plan.width}; use a larger grid or a smaller canvas."
                 )
+            if getattr(field, "everywhere", False):
+                continue
             wrap = getattr(field, "wrap", plan.wrap)
             for axis, ours, its, mine, size in zip(
                 "yx", plan.wrap, wrap, (plan.height, plan.width), (height, width)

@@ -109,8 +109,9 @@ class PromptField:
         uncond: the negative prompt's, likewise; needed for guidance.
     """
 
-    # A prompt describes a canvas of any size.
+    # A prompt is the same everywhere, on a canvas of any size.
     size = (2**62, 2**62)
+    everywhere = True
 
     def __init__(
         self,

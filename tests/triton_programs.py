@@ -15,33 +15,15 @@ from typing import Any
 import torch
 import triton
 
-from operator_cases import (
-    GRIDS,
-    KNOWN_WORDS,
-    PLANS,
-    TOKENS,
-    assert_close,
-    grid_points,
-    in_float64,
-    raw_plan,
-    token_case,
-)
-from scatter_cases import ASKED, GATHERS, make_call
+from operator_cases import KNOWN_WORDS
+from parity_table import LAYOUTS, OPERATORS, difference, doubled, through_triton
 from ssldiff_fast.kernels import gather_windows as gather_windows_kernels
 from ssldiff_fast.kernels import interpolate_grid as interpolate_grid_kernels
 from ssldiff_fast.kernels import philox_normal as philox_normal_kernels
 from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
 from ssldiff_fast.kernels import token_attention as token_attention_kernels
 from ssldiff_fast.kernels import vq_nearest as vq_nearest_kernels
-from ssldiff_fast.ops import (
-    gather_windows_reference,
-    interpolate_grid_reference,
-    philox_normal,
-    scatter_mean,
-    scatter_mean_reference,
-    token_attention_reference,
-    vq_nearest_reference,
-)
+from ssldiff_fast.ops import philox4x32, philox_normal
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -49,129 +31,40 @@ ARCHITECTURES = (80, 90, 100)
 def run(device: str) -> dict[str, str]:
     """Every kernel on a device against the reference on the CPU; "" where they agree."""
     found = {}
-    plain = (torch.float32, torch.contiguous_format)
-    halves = [(dtype, torch.channels_last) for dtype in (torch.bfloat16, torch.float16)]
-    every = [plain, *halves, (torch.float64, torch.channels_last)]
-    for name, case in PLANS.items():
-        for dtype, layout in every if name == "odd-overlap" else [plain]:
-            windows = case.windows(dtype).contiguous(memory_format=layout)
-            out = scatter_mean_kernels.scatter_mean(
-                windows.to(device), *[None] * 4, *raw_plan(case.plan), 1.0, True
-            ).cpu()
-            expected = scatter_mean_reference(windows.double(), case.plan)
-            found[f"scatter_mean {name} {dtype} {layout}"] = _difference(out, expected)
-    for m, k, d in ((1, 1, 1), (19, 7, 3), (64, 128, 3), (65, 257, 4), (0, 5, 3)):
-        z, codes = ((torch.randn(n, d) * 8).round() / 8 for n in (m, k))
-        vectors, indices = (
-            made.cpu() for made in vq_nearest_kernels.vq_nearest(z.to(device), codes.to(device))
-        )
-        expected_vectors, expected_indices = vq_nearest_reference(z, codes)
-        same = torch.equal(indices, expected_indices) and torch.equal(vectors, expected_vectors)
-        found[f"vq_nearest {m} x {k} x {d}"] = "" if same else "indices or vectors differ"
-    return {
-        **found,
-        **_run_windows(device),
-        **_run_philox(device),
-        **_run_grids(device),
-        **_run_tokens(device),
-    }
+    for name, operator in OPERATORS.items():
+        for case, make in operator.cases.items():
+            # The interpreter is slow: one case with every dtype, and every layout.
+            everything = case == operator.thorough
+            for dtype in operator.dtypes if everything else operator.dtypes[:1]:
+                call = make(dtype)
+                expected = call.map(doubled).run(operator.reference)
+                there = call.map(lambda tensor: tensor.to(device))
+                if name == "philox_normal":
+                    there.options["device"] = device
+                layouts = LAYOUTS if everything and dtype == operator.dtypes[0] else ["contiguous"]
+                for layout in layouts:
+                    with through_triton():
+                        made = there.map(LAYOUTS[layout]).run(operator.run)
+                    found[f"{name} {case} {dtype} {layout}"] = difference(made, expected)
+    return {**found, **_run_words(device)}
 
 
-def _run_windows(device: str) -> dict[str, str]:
-    """scatter_mean with everything that it can be asked for, and gather_windows."""
-    found = {}
-    for name in ASKED:
-        dtypes = (torch.float32, torch.bfloat16) if name == "everything" else (torch.float32,)
-        for dtype in dtypes:
-            call = make_call(name, dtype)
-            expected = call.double().run(scatter_mean_reference)
-            made = call.map(lambda tensor: tensor.to(device)).run(_scatter_in_triton)
-            wrong = [_difference(a.cpu(), b) for a, b in zip(made, expected, strict=True)]
-            found[f"scatter_mean {name} {dtype}"] = "".join(wrong)
-    for name, case in GATHERS.items():
-        for dtype, channels_last in ((torch.float32, False), (torch.float16, True)):
-            canvas, index = case.canvas(), torch.tensor(case.index, dtype=torch.int64)
-            plan = case.case.plan
-            geometry = [plan.height, plan.width, *map(int, plan.wrap), *plan.window]
-            axes = [list(plan.origins_y), list(plan.origins_x), [*geometry, case.first_row]]
-            out = gather_windows_kernels.gather_windows(
-                canvas.to(device), index, *axes, dtype, channels_last
-            )
-            layout = torch.channels_last if channels_last else torch.contiguous_format
-            expected_windows = gather_windows_reference(
-                canvas, plan, index, first_row=case.first_row, dtype=dtype, memory_format=layout
-            )
-            same = torch.equal(out.cpu(), expected_windows)
-            same = same and out.stride() == expected_windows.stride()
-            found[f"gather_windows {name} {dtype}"] = "" if same else "windows differ"
-    return found
-
-
-def _scatter_in_triton(*arguments: Any, **options: Any) -> Any:
-    """scatter_mean with its operators taken from the kernels."""
-    operators = torch.ops.ssldiff
-    torch.ops.ssldiff = scatter_mean_kernels
-    try:
-        return scatter_mean(*arguments, **options)
-    finally:
-        torch.ops.ssldiff = operators
-
-
-def _run_grids(device: str) -> dict[str, str]:
-    """Grids with and without missing cells, in every mode."""
-    found = {}
-    for name, mode in itertools.product(GRIDS, interpolate_grid_kernels.MODES):
-        for masked in (False, True):
-            cells, points = torch.randn(GRIDS[name]), grid_points(GRIDS[name])[::7]
-            valid = torch.rand(cells.shape[:2]) < 0.6 if masked else None
-            there = valid.to(device) if valid is not None else None
-            out = interpolate_grid_kernels.interpolate_grid(
-                cells.to(device), points.to(device), there, mode
-            )
-            expected = interpolate_grid_reference(cells.double(), points, mode=mode, valid=valid)
-            found[f"interpolate_grid {name} {mode} {masked}"] = _difference(out.cpu(), expected)
-    return found
-
-
-def _run_tokens(device: str) -> dict[str, str]:
-    """One and several tokens, and rows that are no vectors in memory."""
-    found = {}
-    halves = (torch.bfloat16, torch.float16, torch.float64)
-    for name, shape in TOKENS.items():
-        for dtype in (torch.float32, *(halves if name in ("one-token", "heads") else ())):
-            case = token_case(shape, dtype)
-            vectors = ("values", "keys", "offsets")
-            there = {k: v.to(device) for k, v in case.items() if isinstance(v, torch.Tensor)}
-            exact = torch.float64 if dtype == torch.float64 else torch.float32
-            there |= {k: there[k].to(exact) if k in there else None for k in vectors}
-            there["x"] = there["x"].mT.contiguous().mT
-            made = token_attention_kernels.token_attention(**there, heads=shape[3], eps=1e-5)
-            expected = token_attention_reference(**in_float64(case))
-            for which, out, right in zip("yz", made, expected):
-                difference = _difference(out.cpu(), right)
-                found[f"token_attention {name} {dtype} {which}"] = difference
-    return found
-
-
-def _run_philox(device: str) -> dict[str, str]:
-    """The published words, and normals with the bits of the CPU's."""
+def _run_words(device: str) -> dict[str, str]:
+    """The generator's published words, and normals with the bits of the CPU's."""
     found = {}
     for counter, seed, words in KNOWN_WORDS:
         counters = torch.tensor([counter] * 3, device=device)
-        signed = seed - 2**64 if seed >= 2**63 else seed
-        made = philox_normal_kernels.philox4x32(counters, signed).tolist()
+        with through_triton():
+            made = philox4x32(counters, seed).tolist()
         found[f"philox4x32 {seed}"] = "" if made == [words] * 3 else f"words are {made[0]}"
-    for seed, shape, first, step in (
-        (0, (1, 1, 1), 0, 0),
-        (7, (3, 13, 23), 5, 4),
-        (2**40, (2, 2, 300), 2**32 - 2, 2**32 - 1),
+    for seed, channels, rows, width, step in (
+        (7, 3, (5, 18), 23, 4),
+        (2**40, 2, (2**32 - 2, 2**32), 300, 2**32 - 1),
     ):
-        out = torch.full(shape, torch.nan, device=device)
-        philox_normal_kernels.philox_normal(out, seed, first, step)
-        rows = (first, first + shape[1])
-        expected = philox_normal(seed, shape[0], rows, shape[2], step=step)
-        same = torch.equal(out.cpu(), expected)
-        found[f"philox_normal {seed} {shape}"] = "" if same else "the bits differ"
+        expected = philox_normal(seed, channels, rows, width, step=step)
+        with through_triton():
+            out = philox_normal(seed, channels, rows, width, step=step, device=device).cpu()
+        found[f"normals {seed}"] = "" if torch.equal(out, expected) else "the bits differ"
     return found
 
 
@@ -251,18 +144,13 @@ def compile_ahead() -> dict[str, str]:
     for name, kernel, types, flags in cases:
         signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
         source = triton.compiler.ASTSource(kernel, signature, constexprs=flags)
-        for architecture in ARCHITECTURES if name.endswith("fp32") else ARCHITECTURES[:1]:
+        # Every kernel for all architectures; its further dtypes and modes for the oldest.
+        first = not any(key.startswith(f"{kernel.__name__} ") for key in found)
+        for architecture in ARCHITECTURES if first else ARCHITECTURES[:1]:
             made = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-            found[f"{name} sm_{architecture}"] = " ".join(sorted(made.asm))
+            key = f"{kernel.__name__} {name} sm_{architecture}"
+            found[key] = " ".join(sorted(made.asm))
     return found
-
-
-def _difference(actual: torch.Tensor, expected: torch.Tensor) -> str:
-    try:
-        assert_close(actual, expected)
-    except AssertionError as error:
-        return str(error)
-    return ""
 
 
 if __name__ == "__main__":

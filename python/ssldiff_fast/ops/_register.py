@@ -13,6 +13,9 @@ from .. import _C
 # Kept alive: a Library that is collected takes its registrations with it.
 _library: list[torch.library.Library] = []
 
+# The Triton kernels by operator, also where CUDA C++ is what CUDA tensors go to.
+TRITON: dict[str, Callable[..., Any]] = {}
+
 
 def register(
     name: str,
@@ -29,6 +32,7 @@ def register(
     """
     if _C.CPU_PROBLEM is not None:
         return
+    TRITON[name] = _on_its_device(triton)
     qualified = f"ssldiff::{name}"
     torch.library.register_fake(qualified, fake)
     if backward is not None:
@@ -36,13 +40,15 @@ def register(
     if not (cuda_sources and _C.CUDA_PROBLEM is None):
         if not _library:
             _library.append(torch.library.Library("ssldiff", "IMPL"))
-        _library[0].impl(name, _on_its_device(triton), "CUDA")
+        _library[0].impl(name, TRITON[name], "CUDA")
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Launch on the GPU of the first argument: Triton takes the current one, whatever it is."""
 
     def launch_there(first: torch.Tensor, *others: Any) -> Any:
+        if first.device.type != "cuda":  # Triton's interpreter takes any
+            return launch(first, *others)
         with torch.cuda.device(first.device):
             return launch(first, *others)
 

@@ -28,6 +28,7 @@ HERE = Path(__file__).parent
 TESTS = ("tests/ops", "tests/canvas", "tests/test_gpu.py")
 BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("scatter_mean.py",),
+    ("gather_windows.py",),
     ("interpolate_grid.py",),
     ("philox_normal.py",),
     ("token_attention.py",),

@@ -18,6 +18,9 @@ namespace ssldiff {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileColumns = 512;
 constexpr int64_t kMinTileColumns = 64;
+constexpr uintptr_t kCacheLine = 64;
+constexpr int64_t kBlock = 64;  // columns that are added together, and at the border
+constexpr int64_t kSmallBlock = 16;
 constexpr int64_t kNormals = 64;  // drawn at a time
 
 enum class Guidance { kNone, kOfWindow, kOfPixel };
@@ -60,14 +63,18 @@ struct ScatterMean {
 
   // A tile's arrays: sums and scales have `pitch` entries a row, the rest one for each column.
   struct Scratch {
-    std::vector<Acc> sums, scales, norm;
+    std::vector<Acc> store, scales, norm;
+    Acc* sums;  // in `store`, at a cache line: vectors that lie across two cost twice
     alignas(64) float normals[kNormals];
   };
 
   template <int kBytes>
   SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, VectorBytes<kBytes>) const {
     Scratch scratch;
-    scratch.sums.resize(kTileRows * tile_columns * lanes);
+    const int64_t count = kTileRows * tile_columns * lanes;
+    scratch.store.resize(count + kCacheLine / sizeof(Acc));
+    scratch.sums = reinterpret_cast<Acc*>(
+        (reinterpret_cast<uintptr_t>(scratch.store.data()) + kCacheLine - 1) & ~(kCacheLine - 1));
     scratch.norm.resize(tile_columns);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t plane = (task / tiles_x) % planes;
@@ -75,7 +82,7 @@ struct ScatterMean {
       const int64_t x = task % tiles_x * tile_columns;
       const Range rows{y, std::min(y + kTileRows, to.height)};
       const Range columns{x, std::min(x + tile_columns, to.width)};
-      std::fill(scratch.sums.begin(), scratch.sums.end(), Acc(0));
+      std::fill(scratch.sums, scratch.sums + count, Acc(0));
       if (kGuidance == Guidance::kOfPixel) {
         spread_scale(rows, columns, scratch);
       }
@@ -125,12 +132,43 @@ struct ScatterMean {
     const int64_t v = (left - origin_x) * lanes;
     const int64_t base = slot * stride_n + plane * stride_c + v;
     const Acc of_window = kGuidance == Guidance::kOfWindow ? scale[slot] : Acc(0);
+    const Block block{base - origin_y * stride_y,
+                      (left - columns.begin) * lanes - rows.begin * pitch, v, origin_y, of_window};
+    int64_t first = 0;
+    for (; first + kBlock <= count; first += kBlock) {
+      add_block<kBlock>(block, first, kBlock, ys, scratch);
+    }
+    for (; first + kSmallBlock <= count; first += kSmallBlock) {
+      add_block<kSmallBlock>(block, first, kSmallBlock, ys, scratch);
+    }
+    if (first < count) {
+      add_block<0>(block, first, count - first, ys, scratch);
+    }
+  }
+
+  // Where a window lies in the batch, in the tile and among the weights.
+  struct Block {
+    int64_t from, in_tile, v, origin_y;
+    Acc of_window;
+  };
+
+  // Some neighbouring columns of a window, row by row; kCount of them where that is not 0. A
+  // constant length costs no prologue, and the weights stay in registers.
+  template <int64_t kCount>
+  SSLDIFF_INLINE void add_block(const Block& block, int64_t first, int64_t rest, Range ys,
+                                Scratch& scratch) const {
+    const int64_t pitch = tile_columns * lanes;
+    const int64_t count = kCount > 0 ? kCount : rest;
     for (int64_t row = ys.begin; row < ys.end; ++row) {
-      const int64_t at = base + (row - origin_y) * stride_y;
-      const int64_t in_tile = (row - rows.begin) * pitch + (left - columns.begin) * lanes;
+      const int64_t at = block.from + row * stride_y + first;
+      const int64_t in_tile = block.in_tile + row * pitch + first;
       prefetch(windows + at + stride_n, count);
-      add_row(windows + at, uncond + at, of_window, scratch.scales.data() + in_tile,
-              to.weight_y[row - origin_y], to.weight_x + v, count, scratch.sums.data() + in_tile);
+      if (kGuidance != Guidance::kNone) {
+        prefetch(uncond + at + stride_n, count);
+      }
+      add_row(windows + at, uncond + at, block.of_window, scratch.scales.data() + in_tile,
+              to.weight_y[row - block.origin_y], to.weight_x + block.v + first, count,
+              scratch.sums + in_tile);
     }
   }
 
@@ -164,7 +202,7 @@ struct ScatterMean {
       if (!whole) {
         sum_weights(row, columns, to.background != nullptr, scratch.norm.data());
       }
-      Acc* sums = scratch.sums.data() + (row - rows.begin) * tile_columns * lanes;
+      Acc* sums = scratch.sums + (row - rows.begin) * tile_columns * lanes;
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const int64_t channel = plane * lanes + lane;
         const int64_t at = (channel * to.height + row) * to.width;

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import interpolate_grid, philox_normal, token_attention, vq_nearest
+from . import gather_windows, interpolate_grid, philox_normal, token_attention, vq_nearest
 from .case import Case
 
 # Each makes its cases, inputs and all, on a device: "cpu" or "cuda".
 OPERATORS: dict[str, Callable[[str], list[Case]]] = {
+    "gather_windows": gather_windows.cases,
     "interpolate_grid": interpolate_grid.cases,
     "philox_normal": philox_normal.cases,
     "token_attention": token_attention.cases,

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from operator_cases import GRIDS, assert_close, grid_points
@@ -80,19 +78,6 @@ def test_every_thread_count_gives_the_same_bits() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
-
-
-@given(
-    size=st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 9)),
-    mode=st.sampled_from(MODES),
-)
-@settings(max_examples=40, deadline=None)
-def test_at_a_cell_centre_the_result_is_that_cell(
-    size: tuple[int, int, int, int], mode: str
-) -> None:
-    cells = torch.randn(size)
-    centres = torch.cartesian_prod(torch.arange(size[0]), torch.arange(size[1])).double()
-    assert torch.equal(interpolate_grid(cells, centres, mode=mode), cells.flatten(0, 1))
 
 
 def test_bilinear_is_grid_sample() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from ssldiff_fast.canvas import (
     CanvasDenoiser,
     GridField,
     LDMDenoiser,
+    StateFolder,
     canvas_noise,
     decode_image,
     get_preset,
@@ -52,7 +54,15 @@ def well_separated_codes() -> LatentDiffusion:
     return model
 
 
-def denoised(model: LatentDiffusion, preset_name: str, device: str) -> Tensor:
+def denoised(
+    model: LatentDiffusion,
+    preset_name: str,
+    device: str,
+    *,
+    mask: Tensor | None = None,
+    background: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     """The canvas of a few steps of a preset."""
     preset, model = get_preset(preset_name), model.to(device)
     size = (ROWS * model.window[0], COLUMNS * model.window[1])
@@ -62,6 +72,8 @@ def denoised(model: LatentDiffusion, preset_name: str, device: str) -> Tensor:
         GridField(tiny_grid(model, ROWS, COLUMNS).embeddings, model.window, preset.interpolation),
         guidance_scale=preset.guidance_scale,
         batch_size=4,
+        mask=mask,
+        background=background,
     )
     return sample(
         denoiser,
@@ -71,6 +83,7 @@ def denoised(model: LatentDiffusion, preset_name: str, device: str) -> Tensor:
         steps=4,
         spacing=preset.spacing,
         eta=preset.eta,
+        **options,
     )
 
 
@@ -137,3 +150,31 @@ def test_synthesis_on_a_gpu_writes_the_image_of_the_cpu(tmp_path: Path) -> None:
         images.append(np.asarray(Image.open(path)).astype(int))
     # A latent that rounding puts nearer to another code would show in its tile.
     assert np.abs(images[0] - images[1]).mean() < 1
+
+
+@pytest.mark.parametrize("preset", ["paper", "fast", "authors"])
+def test_both_orders_end_in_the_same_bits_on_a_gpu(preset: str) -> None:
+    plain = denoised(tiny_model(), preset, "cuda")
+    wavefront = denoised(tiny_model(), preset, "cuda", order="wavefront")
+    assert wavefront.device.type == "cuda"
+    assert torch.equal(wavefront, plain)
+
+
+def test_a_masked_run_goes_on_from_its_state_on_a_gpu(tmp_path: Path) -> None:
+    mask = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    mask[0, 0] = True
+    options: dict[str, Any] = {"mask": mask, "background": torch.zeros(3, 1, 1)}
+    whole = denoised(tiny_model(), "fast", "cuda", **options)
+
+    def stop(_: object, step: int, *__: object) -> None:
+        if step == 2:
+            raise InterruptedError
+
+    def kept() -> StateFolder:
+        return StateFolder(tmp_path / "state", share=float("inf"))
+
+    with pytest.raises(InterruptedError), kept() as state:
+        denoised(tiny_model(), "fast", "cuda", state=state, callback_on_step_end=stop, **options)
+    with kept() as state:
+        again = denoised(tiny_model(), "fast", "cuda", state=state, **options)
+    assert torch.equal(again, whole)

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from ssldiff_fast._checks import check_choice, check_count
+from ssldiff_fast.canvas.interrupt import Interrupted
 from ssldiff_fast.canvas.noise import check_seed
 from ssldiff_fast.canvas.presets import Preset
 from ssldiff_fast.canvas.preview import PreviewFile
 from ssldiff_fast.canvas.sampler import ORDERS, StepCallback
-from ssldiff_fast.canvas.state import StateFolder, remove_state
+from ssldiff_fast.canvas.state import StateFolder, going_on, remove_state
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.output import check_output
@@ -191,7 +192,12 @@ def _kept(
         return
     folder = state if isinstance(state, StateFolder) else StateFolder(state)
     with folder:
-        yield folder
+        try:
+            yield folder
+        except KeyboardInterrupt as stop:
+            if str(stop) or not folder.files():
+                raise
+            raise Interrupted(going_on(folder)) from None
         folder.clear()
     remove_state(folder.path)
 

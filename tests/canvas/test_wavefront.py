@@ -137,7 +137,7 @@ def test_windows_of_all_canvases_share_micro_batches() -> None:
         (
             lambda: image(start=lambda begin, end: torch.zeros(3, end - begin, 7)),
             ValueError,
-            r"noise\(0, 16\) has shape \[1, 3, 16, 7\]",
+            r"noise\(0, 44\) has shape \[1, 3, 44, 7\]",
         ),
         (lambda: image(start=torch.zeros(2, 3, *SIZE), seed=[1]), ValueError, "holds 1 seeds.* 2"),
         (

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
@@ -19,7 +20,7 @@ from ssldiff_fast.canvas.denoiser import CanvasDenoiser
 from ssldiff_fast.canvas.interrupt import Interrupted, StopRequest
 from ssldiff_fast.canvas.noise import canvas_noise, check_seed
 from ssldiff_fast.canvas.stages import Rows, Stage, StepSettings, WholeStage, WindowStage
-from ssldiff_fast.canvas.state import Snapshot, StateFolder
+from ssldiff_fast.canvas.state import Snapshot, StateFolder, going_on
 from ssldiff_fast.diffusion.schedule import Schedule
 from ssldiff_fast.diffusion.solvers import AffineStep, get_solver
 
@@ -122,6 +123,7 @@ class Run:
             guidance_scale=self.denoiser.scale_at(step.time),
             background=self.denoiser.background,
             of_denoised=(step.denoised_x, step.denoised_output),
+            after_batch=self._evaluated,
         )
         plan = self.denoiser.plan(number)
         return WindowStage(plan, self.denoiser.evaluator, settings, in_place=in_place)
@@ -147,16 +149,12 @@ class Run:
             return stage.advance()
         before = self._done
         try:
-            with self._stop:
-                self._stop.check()
-                return stage.advance()
+            self._stop.check()
+            return stage.advance()
         except Interrupted:
             self._done = before  # the row under way is done again
             self._state.write(save())
-            raise Interrupted(
-                f"stopped; the run goes on from {self._state.path} when it is started again "
-                "with the same settings"
-            ) from None
+            raise Interrupted(going_on(self._state)) from None
 
     def checkpoint(self, save: Callable[[], Snapshot], *, at_once: bool = False) -> None:
         """Writes a state where its cost allows, or at once."""
@@ -167,7 +165,11 @@ class Run:
         else:
             self._state.save_if_due(save())
 
-    def start(self, recipe: Mapping[str, Any]) -> Snapshot | None:
+    def attentive(self) -> AbstractContextManager[Any]:
+        """Within it the first Ctrl-C waits for the micro-batch under way, where a state is kept."""
+        return nullcontext() if self._state is None else self._stop
+
+    def start(self, recipe: Callable[[], Mapping[str, Any]]) -> Snapshot | None:
         """Opens state and progress bar; a snapshot where the run goes on."""
         state = self.settings.state
         found = None
@@ -176,7 +178,7 @@ class Run:
             if self._owns_state:
                 self._state.__enter__()
             try:
-                found = self._state.open(recipe, resume=self.settings.resume)
+                found = self._state.open(recipe(), resume=self.settings.resume)
             except BaseException:
                 self._leave()
                 raise
@@ -192,7 +194,6 @@ class Run:
             counts = self._counts(self.denoiser)
             total, unit = self.batch * sum(done for done, _ in counts), "evaluation"
             self.saved = self.batch * sum(saved for _, saved in counts)
-            self.denoiser.evaluator.after_batch = self._evaluated
             if self.denoiser.mask is not None:
                 logger.info(
                     "mask: %d of %d network evaluations are saved", self.saved, total + self.saved
@@ -239,8 +240,6 @@ class Run:
 
     def close(self, *, finished: bool) -> None:
         """Ends the bar and, for a run that is over, drops its states."""
-        if isinstance(self.denoiser, CanvasDenoiser):
-            self.denoiser.evaluator.after_batch = None
         if self._bar is not None:
             self._bar.close()
         if self._state is not None and finished and self._owns_state:
@@ -283,9 +282,10 @@ def run_recipe(run: Run, order: str, shape: Sequence[int], noise: str) -> dict[s
     if not isinstance(denoiser, CanvasDenoiser):
         return recipe
     first, last = denoiser.plan(0), denoiser.plan(len(run.steps) - 1)
-    background = denoiser.background
+    background, model = denoiser.background, getattr(denoiser.denoiser, "model", None)
     return {
         **recipe,
+        "weights": getattr(model, "weights_hash", None),
         "window": list(first.window),
         "windows": _digest(repr((first, last)).encode()),
         "guidance_scale": denoiser.guidance_scale,

@@ -184,8 +184,9 @@ class _PlainOrder:
     def finish(self) -> Tensor:
         """All steps; the denoised canvas [B, C, H, W]."""
         run = self._run
-        recipe = run_recipe(run, "plain", self._start.shape, self._start.identity)
-        found = run.start(recipe)
+        found = run.start(
+            lambda: run_recipe(run, "plain", self._start.shape, self._start.identity())
+        )
         finished = False
         try:
             if found is None:
@@ -194,8 +195,9 @@ class _PlainOrder:
                     self._canvas[:, :, y:end] = self._start.rows(y, end)
             else:
                 self._restore(found)
-            while self._number < len(run.steps):
-                self._step()
+            with run.attentive():
+                while self._number < len(run.steps):
+                    self._step()
             finished = True
         finally:
             run.close(finished=finished)

@@ -9,7 +9,7 @@ the next step may follow one window height behind; the bytes do not depend on th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,6 +56,7 @@ class StepSettings:
         noise: [B, C, H, W], in place of the seeds'.
         keeps_denoised: whether the denoised canvas is handed on too.
         background: [C, h, w] latent, repeated over the canvas, of what the mask leaves out.
+        after_batch: called with the number of evaluations after every call of the network.
         of_denoised: (p, q) of x0 = p x + q output, which turns that latent into a model output.
     """
 
@@ -69,6 +70,7 @@ class StepSettings:
     keeps_denoised: bool = False
     background: Tensor | None = None
     of_denoised: tuple[float, float] | None = None
+    after_batch: Callable[[int], None] | None = None
 
 
 class Stage(Protocol):
@@ -169,6 +171,7 @@ class WindowStage:
             first_row=rows.begin,
             guided=self.settings.guidance_scale != 1.0,
             where=self.settings.where,
+            after_batch=self.settings.after_batch,
         )
         self._held.append(outputs)
         self._row += 1

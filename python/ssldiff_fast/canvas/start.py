@@ -29,14 +29,14 @@ class Start:
         single: whether the caller has one canvas without a batch axis.
         device: of the canvas.
         rows: (begin, end) -> [B, C, n, W].
-        identity: a digest, for the recipe.
+        identity: makes a digest, for the recipe.
     """
 
     shape: tuple[int, int, int, int]
     single: bool
     device: torch.device
     rows: NoiseRows
-    identity: str
+    identity: Callable[[], str]
 
     @property
     def like(self) -> Tensor:
@@ -75,7 +75,7 @@ class Start:
             noise.ndim == 3,
             noise.device,
             lambda begin, end: whole[:, :, begin:end],
-            digest(noise),
+            lambda: digest(noise),
         )
 
     @classmethod
@@ -96,4 +96,6 @@ class Start:
             return drawn
 
         shape = (batch, denoiser.channels, height, width)
-        return cls(shape, single, first.device, rows, digest(rows(0, min(height, _DIGEST_ROWS))))
+        return cls(
+            shape, single, first.device, rows, lambda: digest(rows(0, min(height, _DIGEST_ROWS)))
+        )

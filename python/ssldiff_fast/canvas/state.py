@@ -251,6 +251,14 @@ class StateFolder:
             file.unlink(missing_ok=True)
 
 
+def going_on(folder: StateFolder) -> str:
+    """What a user is told of a run that was stopped."""
+    return (
+        f"stopped; the run goes on from {folder.path} when it is started again with the same "
+        "settings"
+    )
+
+
 def remove_state(path: str | os.PathLike[str]) -> None:
     """Removes a state folder of a run that is over, and nothing that is not a state's."""
     folder = Path(path)

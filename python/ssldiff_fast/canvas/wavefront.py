@@ -89,19 +89,25 @@ class Wavefront:
     @torch.no_grad()
     def rows(self) -> Iterator[Rows]:
         """The final rows, from top to bottom."""
-        recipe = run_recipe(self._run, "wavefront", self._start.shape, self._start.identity)
-        found = self._run.start(recipe)
+        start = self._start
+        found = self._run.start(
+            lambda: run_recipe(self._run, "wavefront", start.shape, start.identity())
+        )
         finished = False
         try:
             if found is not None:
                 self._restore(found)
             yield from map(self._outside, list(self._handed))
             while not self._stages[-1].finished:
-                for rows in self._next():
+                # Between rows Ctrl-C is the consumer's.
+                with self._run.attentive():
+                    final = self._next()
+                for rows in final:
                     if self._keeps:
                         self._handed.append(rows)
                     yield self._outside(rows)
-                self._run.checkpoint(self._snapshot)
+                with self._run.attentive():
+                    self._run.checkpoint(self._snapshot)
             finished = True
             if self._run.keeps_result:
                 self._run.checkpoint(self._snapshot, at_once=True)

@@ -64,8 +64,6 @@ class RowEvaluator:
         self.fields = fields
         self.batch_size = batch_size
         self.mask = mask
-        # Called with the number of evaluations (a pair is two) after every call of the network.
-        self.after_batch: Callable[[int], None] | None = None
         self._keep = keep_prepared
         self._prepared: OrderedDict[tuple[int, bool], tuple[int, Any]] = OrderedDict()
 
@@ -91,8 +89,13 @@ class RowEvaluator:
         first_row: int,
         guided: bool,
         where: str,
+        after_batch: Callable[[int], None] | None = None,
     ) -> WindowRow:
-        """The model outputs of window row `row`; `where` names the step in messages."""
+        """The model outputs of window row `row`.
+
+        `where` names the step in messages; `after_batch` is called with the number of evaluations
+        (a guided pair is two) after every call of the network.
+        """
         batch, channels = canvas.shape[:2]
         columns = self.columns(plan, row)
         index, pair = row * len(plan.origins_x) + columns, 2 if guided else 1
@@ -112,9 +115,9 @@ class RowEvaluator:
             output = self.denoiser(x, time, state, of_state)
             _check_shape(output, (pair, *x.shape), where)
             outputs.append(output)
-            if self.after_batch is not None:
+            if after_batch is not None:
                 padding = max(0, int(members[0]) + len(members) - len(crops))
-                self.after_batch(pair * (len(members) - padding))
+                after_batch(pair * (len(members) - padding))
         whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         whole = whole[:, : shape[0]].unflatten(1, (batch, len(columns)))
         return WindowRow(row, index, whole[0], whole[1] if guided else None)

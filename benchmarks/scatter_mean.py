@@ -11,7 +11,14 @@ from torch import Tensor
 
 from report import aim, save
 from ssldiff_fast import _C
-from ssldiff_fast.ops import WindowPlan, scatter_mean, scatter_mean_reference
+from ssldiff_fast.diffusion.guidance import guide
+from ssldiff_fast.ops import (
+    CanvasStep,
+    WindowPlan,
+    philox_normal,
+    scatter_mean,
+    scatter_mean_reference,
+)
 from timing import alternate, arguments, copy_bandwidth, peak_megabytes, ratios_to
 
 CHANNELS, WINDOW, STRIDE = 3, 64, 16
@@ -86,6 +93,45 @@ def measure(device: str, size: int, dtype: torch.dtype) -> dict[str, Any]:
     return figures
 
 
+def measure_step(device: str, size: int) -> dict[str, Any]:
+    """Guidance and a solver step with noise: fused, in bands, and one operator after another."""
+    plan = WindowPlan.regular(size, size, (WINDOW, WINDOW), STRIDE)
+    windows, uncond = (
+        torch.randn(len(plan), CHANNELS, WINDOW, WINDOW, device=device) for _ in range(2)
+    )
+    canvas = torch.randn(CHANNELS, size, size, device=device)
+    columns = len(plan.origins_x)
+
+    def fused(begin: int = 0, end: int = size) -> Tensor:
+        step = CanvasStep(canvas[:, begin:end], x=0.9, output=-0.4, noise=0.1, seed=3, step=1)
+        rows = plan.window_rows(begin, end)
+        first, last = rows[0] * columns, (rows[-1] + 1) * columns
+        made: Tensor = scatter_mean(
+            windows[first:last],
+            plan,
+            torch.arange(first, last),
+            rows=(begin, end),
+            uncond=uncond[first:last],
+            guidance_scale=1.75,
+            step=step,
+        )
+        return made
+
+    def bands() -> Tensor:
+        return torch.cat([fused(y, y + STRIDE) for y in range(0, size, STRIDE)], dim=1)
+
+    def apart() -> Tensor:
+        mean = scatter_mean(guide(windows, uncond, 1.75), plan)
+        noise = philox_normal(3, CHANNELS, (0, size), size, step=1, device=device)
+        return 0.9 * canvas + -0.4 * mean + 0.1 * noise
+
+    functions = {"fused": fused, "fused, in bands": bands, "one after another": apart}
+    for function in functions.values():
+        torch.testing.assert_close(function(), apart(), rtol=RTOL, atol=ATOL)
+    times = alternate(functions, device=device)
+    return {"ratio": ratios_to(times, "fused"), "times": times}
+
+
 def main() -> None:
     """Time all on a canvas with stride 16 and save scatter_mean.json."""
     parser = arguments(__doc__)
@@ -102,6 +148,9 @@ def main() -> None:
         aim("times the published loop", ratios["published loop"], 8, "at least"),
         aim("times fold", ratios["fold"], 20, "at least"),
     ]
+    figures["guided step"] = measure_step(chosen.device, size)
+    fused = figures["guided step"]["ratio"]["one after another"]
+    aims.append(aim("fused guidance and step, times one after another", fused, 1.5, "at least"))
     for name in [name for name in bandwidth if name != "copy"]:
         share = bandwidth[name] / bandwidth["copy"]
         label = "" if name == "scatter_mean" else f" ({name})"

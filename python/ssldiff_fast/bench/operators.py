@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import gather_windows, interpolate_grid, philox_normal, token_attention, vq_nearest
+from . import (
+    gather_windows,
+    interpolate_grid,
+    philox_normal,
+    scatter_mean,
+    token_attention,
+    vq_nearest,
+)
 from .case import Case
 
 # Each makes its cases, inputs and all, on a device: "cpu" or "cuda".
@@ -14,6 +21,7 @@ OPERATORS: dict[str, Callable[[str], list[Case]]] = {
     "interpolate_grid": interpolate_grid.cases,
     "philox_normal": philox_normal.cases,
     "token_attention": token_attention.cases,
+    "scatter_mean": scatter_mean.cases,
     "vq_nearest": vq_nearest.cases,
 }
 

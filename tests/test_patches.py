@@ -390,7 +390,6 @@ def test_the_command_makes_patches_and_goes_on(
         (("--patches", "--stride", 4), "--stride is for large images"),
         (("--patches", "--codec", "jpeg"), "--codec is for large images"),
         (("--seeds", 2), "--seeds is for --patches"),
-        (("--format", "png"), "--format is for --patches"),
         (("--patches", "--seeds", 0), "0 is not in the range"),
     ],
 )

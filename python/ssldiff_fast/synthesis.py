@@ -21,9 +21,10 @@ from ssldiff_fast.canvas.preview import PreviewFile
 from ssldiff_fast.canvas.sampler import ORDERS, StepCallback
 from ssldiff_fast.canvas.state import StateFolder, going_on, remove_state
 from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.slides.cog import Georeference
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.output import check_output
-from ssldiff_fast.slides.writers import check_suffix, open_writer
+from ssldiff_fast.slides.writers import check_out, open_writer
 from ssldiff_fast.synthesis_plan import (
     Geometry,
     Plan,
@@ -77,6 +78,8 @@ def synthesize(
     mask: bool = False,
     order: str = "plain",
     batch_size: int = 16,
+    format: str | None = None,
+    georeference: Georeference | None = None,
     codec: str | None = None,
     quality: int | None = None,
     device: str | None = None,
@@ -96,7 +99,7 @@ def synthesize(
     Args:
         model: a loaded model, or what `sf.load` takes.
         grid: a grid, or the path of its HDF5 file. A cell spans one window without overlap.
-        out: the file: .tif (tiled pyramidal BigTIFF) or .png.
+        out: the file: .tif (tiled pyramidal BigTIFF), .ome.tif, .dzi, .zarr, .geo.tif or .png.
         seed: of the noise.
         preset: "fast", "paper" or "authors"; or a `Preset` of your own.
         steps, guidance_scale, guidance_interval, eta, stride: in place of the preset's own;
@@ -107,8 +110,7 @@ def synthesize(
             glass, and cost nothing. Without it the model paints them.
         order: "plain", or "wavefront", which finishes the first rows first and has the same bytes.
         batch_size: windows of one network call, at most; belongs to the recipe.
-        codec: of a TIFF: "jpeg" (4:4:4, by default) or "deflate" (lossless).
-        quality: of JPEG, 90 by default.
+        format, georeference, codec, quality: of the file, as for `slides.open_writer`.
         device, dtype: for a model that is loaded here; load it yourself for anything else.
         overwrite: replace an existing file.
         progress: show progress with the time that remains.
@@ -139,8 +141,7 @@ def synthesize(
     seed = check_seed(seed)
     check_choice("order", order, ORDERS, call="synthesize")
     # What is quickly known comes before the model, whose weights may take seconds to read.
-    check_suffix(out)
-    check_output(out, overwrite=overwrite)
+    check_out(out, format=format, overwrite=overwrite)
     if preview is not None:
         check_output(preview, overwrite=True)
     cells = opened_grid(grid)
@@ -159,6 +160,8 @@ def synthesize(
     }
     width, height = plan.size_px
     options: dict[str, Any] = {
+        "format": format,
+        "georeference": georeference,
         "codec": codec,
         "quality": quality,
         "metadata": metadata,

@@ -16,7 +16,7 @@ from PIL import Image
 
 from slide_files import refuse, tissue_image, unwritable_folder
 from ssldiff_fast.slides import PyramidWriter, open_slide, open_writer
-from ssldiff_fast.slides.pyramid import halve
+from ssldiff_fast.slides.reduction import halve
 
 # Mean absolute error of JPEG at quality 90 on smooth colours; the other codec is exact.
 JPEG_ERROR = 1.5
@@ -134,10 +134,7 @@ def test_the_bytes_depend_on_neither_chunks_nor_threads(tmp_path: Path, codec: s
     for chunk in (1, 255, 256, 257):
         other = write(tmp_path / f"{chunk}.tif", image, chunk=chunk, codec=codec)
         assert other.read_bytes() == first.read_bytes()
-    with PyramidWriter(
-        tmp_path / "one.tif", 700, 601, 0.5, codec=codec, metadata=RECIPE, threads=1
-    ) as writer:
-        writer.write_rows(image)
+    write(tmp_path / "one.tif", image, chunk=601, codec=codec, threads=1)
     assert (tmp_path / "one.tif").read_bytes() == first.read_bytes()
 
 
@@ -234,7 +231,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_start(
 def test_a_disk_that_fills_is_named_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    writer = PyramidWriter(tmp_path / "a.tif", 300, 600, 0.5)
+    writer = open_writer(tmp_path / "a.tif", 300, 600, 0.5)
 
     class Full:
         def write(self, data: bytes) -> int:
@@ -245,10 +242,10 @@ def test_a_disk_that_fills_is_named_and_leaves_nothing(
 
     def fill() -> None:
         with writer:
-            monkeypatch.setattr(writer, "_file", Full())
+            monkeypatch.setattr(writer._sink, "_file", Full())
             writer.write_rows(tissue_image(300, 600))
 
-    with pytest.raises(OSError, match=r"beyond row 0 \(No space left on device\)"):
+    with pytest.raises(OSError, match=r"near row \d+ \(No space left on device\)"):
         fill()
     assert list(tmp_path.iterdir()) == []
 
@@ -295,7 +292,7 @@ def test_wherever_the_system_stops_writing_it_is_one_sentence_and_leaves_nothing
         ({"width": 2.5}, TypeError, "must be an integer"),
         ({"mpp": 352.8}, ValueError, r"output's mpp is 352\.8"),
         ({"mpp": float("nan")}, ValueError, "output's mpp is nan"),
-        ({"codec": "zstd"}, ValueError, r"codec 'zstd' is unknown, expected one of \['deflate'"),
+        ({"codec": "gif"}, ValueError, r"codec 'gif' is unknown, expected one of \['deflate'"),
         ({"quality": 0}, ValueError, "quality is 0, expected 1 to 100"),
         ({"tile": 100}, ValueError, "tile is 100, expected a multiple of 16"),
         ({"metadata": {"a": object()}}, TypeError, "JSON"),
@@ -307,16 +304,16 @@ def test_impossible_outputs_are_refused(
 ) -> None:
     options = {"width": 64, "height": 64, "mpp": 0.5, **changes}
     with pytest.raises(error, match=message):
-        PyramidWriter(tmp_path / "a.tif", **options)
+        open_writer(tmp_path / "a.tif", **options)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["a.ome.tif", "a.svs", "a.zarr", "a", "a.jpg"])
+@pytest.mark.parametrize("name", ["a.svs", "a", "a.jpg", ".tif", "a.hdf5"])
 def test_other_formats_are_refused_with_the_list_of_those_written(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PyramidWriter, "__init__", refuse("the writer"))
-    with pytest.raises(ValueError, match=r"\.tif or \.tiff \(tiled pyramidal BigTIFF\), \.png"):
+    with pytest.raises(ValueError, match=r"must be one of \.tif or \.tiff \(tiled"):
         open_writer(tmp_path / name, 64, 64, 0.5)
 
 

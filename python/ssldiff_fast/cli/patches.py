@@ -13,6 +13,8 @@ _IMAGES_ONLY = (
     "stride",
     "decode_stride",
     "codec",
+    "crs",
+    "transform",
     "guidance_interval",
     "wrap",
     "mask",
@@ -22,7 +24,7 @@ _IMAGES_ONLY = (
     "resume",
     "preview",
 )
-_PATCHES_ONLY = ("seeds", "format")
+_PATCHES_ONLY = ("seeds",)
 
 
 def check_options(patches: bool, given: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from ..canvas.presets import PRESETS
 from ..canvas.sampler import ORDERS
 from .patches import check_options
 from .patches import synthesize as synthesize_patches
+
+if TYPE_CHECKING:
+    from ..slides.cog import Georeference
 
 
 @click.command(name="synthesize")
@@ -20,11 +24,15 @@ from .patches import synthesize as synthesize_patches
     "-o",
     "--out",
     type=click.Path(path_type=Path),
-    help="The image to write, .tif or .png, or the folder of patches [default: GRID's name].",
+    help="The output, .tif, .ome.tif, .dzi, .zarr, .geo.tif or .png, or the folder of patches "
+    "[default: GRID's name].",
 )
 @click.option("--patches", is_flag=True, help="One image per embedding instead of a large one.")
 @click.option("--seeds", type=click.IntRange(1), help="Images per embedding [default: 1].")
-@click.option("--format", help="Of patches: png, jpeg or shards [default: png].")
+@click.option(
+    "--format",
+    help="universal or cog of .tif, zarr-0.5 of .zarr; of patches png, jpeg or shards.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--preset", default="fast", show_default=True, help=f"One of {', '.join(PRESETS)}.")
 @click.option("--steps", type=int, help="Steps, in place of the preset's.")
@@ -42,7 +50,9 @@ from .patches import synthesize as synthesize_patches
 @click.option("--mask/--no-mask", help="Leave out windows without tissue: glass at no cost.")
 @click.option("--order", type=click.Choice(ORDERS), default="plain", show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--codec", help="Of a TIFF: jpeg or deflate, which is lossless [default: jpeg].")
+@click.option("--crs", help="Of a GeoTIFF, for example EPSG:32633; with --transform.")
+@click.option("--transform", help="Of a GeoTIFF: a,b,c,d,e,f from columns and rows to x and y.")
+@click.option("--codec", help="Of a TIFF: jpeg, or deflate, which is lossless [default: jpeg].")
 @click.option("--quality", type=click.IntRange(1, 100), help="Of JPEG [default: 90].")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--dtype", default="float32", show_default=True)
@@ -82,6 +92,8 @@ def command(
     mask: bool,
     order: str,
     batch_size: int,
+    crs: str | None,
+    transform: str | None,
     codec: str | None,
     quality: int | None,
     device: str,
@@ -101,6 +113,8 @@ def command(
         "stride": stride,
         "decode_stride": decode_stride,
         "codec": codec,
+        "crs": crs,
+        "transform": transform,
         "guidance_interval": guidance_interval,
         "wrap": wrap,
         "mask": mask or None,
@@ -110,7 +124,7 @@ def command(
         "resume": resume,
         "preview": preview,
     }
-    check_options(patches, {**given, "seeds": seeds, "format": format})
+    check_options(patches, {**given, "seeds": seeds})
     if patches:
         return synthesize_patches(
             grid,
@@ -150,6 +164,8 @@ def command(
         mask=mask,
         order=order,
         batch_size=batch_size,
+        format=format,
+        georeference=_georeference(crs, transform),
         codec=codec,
         quality=quality,
         device=device,
@@ -165,3 +181,20 @@ def command(
     if done.evaluations_saved:
         whole = done.evaluations + done.evaluations_saved
         click.echo(f"the mask saved {done.evaluations_saved} of {whole} network evaluations")
+
+
+def _georeference(crs: str | None, transform: str | None) -> Georeference | None:
+    if crs is None and transform is None:
+        return None
+    from ssldiff_fast.slides.cog import Georeference
+
+    try:
+        numbers = tuple(float(number) for number in (transform or "").split(","))
+    except ValueError:
+        numbers = ()
+    if crs is None or len(numbers) != 6:
+        raise ValueError(
+            f"--crs {crs} and --transform {transform} belong together, as in --crs EPSG:32633 "
+            "--transform 10,0,500000,0,-10,5000000"
+        )
+    return Georeference(crs, numbers)

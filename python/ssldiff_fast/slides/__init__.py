@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 _EXPORTS = {
+    "Georeference": ".cog",
     "Grid": ".grid",
     "ImageSlide": ".images",
     "PyramidWriter": ".pyramid",

@@ -52,13 +52,25 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False, needs
             "overwrite=True (command line: --overwrite)"
         )
     _check_writable(folder)
-    free = shutil.disk_usage(folder).free
+    check_space(path, needs)
+    return path
+
+
+def check_space(path: Path, needs: int, *, files: int = 0) -> None:
+    """Raises OSError unless the disk of `path` has room for so many bytes, and so many files."""
+    free = shutil.disk_usage(path.parent).free
     if needs and needs + SPARE_BYTES > free:
         raise OSError(
             f"the output {path} needs about {_size(needs)} and its disk has {_size(free)} free: "
             "make room, or choose another folder"
         )
-    return path
+    if files and hasattr(os, "statvfs"):
+        status = os.statvfs(path.parent)
+        if status.f_files and files > status.f_favail:  # some file systems do not count
+            raise OSError(
+                f"the output {path} needs about {files} files and its disk takes {status.f_favail} "
+                "more: choose .tif, which is one file, or another disk"
+            )
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -95,9 +107,12 @@ def _size(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def part_path(path: Path) -> Path:
-    """A hidden name in the same folder, so that the final rename never crosses a disk."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+def part_path(path: Path, *, kept: bool = False) -> Path:
+    """A hidden name in the same folder, so that the final rename never crosses a disk.
+
+    What is kept for a later process to go on with has the same name in all of them.
+    """
+    return path.with_name(f".{path.name}.part" if kept else f".{path.name}.{os.getpid()}.part")
 
 
 def publish(part: Path, path: Path) -> None:
@@ -107,21 +122,32 @@ def publish(part: Path, path: Path) -> None:
     os.replace(part, path)
 
 
-def write_error(path: Path, error: Exception, where: str = "") -> OSError:
-    """What is raised when writing fails, usually because the disk has filled up."""
+def write_error(path: Path, error: Exception, where: str = "", *, kept: str = "") -> OSError:
+    """What is raised when writing fails, usually because the disk has filled up.
+
+    Args:
+        path: the output.
+        error: the system's.
+        where: how far it is written.
+        kept: the partial output, where a later run goes on with it.
+    """
     # HDF5 wraps the system's words in several lines of its own.
     inner = re.search(r"error message = '([^']*)'", str(error))
     reason = inner[1] if inner else getattr(error, "strerror", None) or str(error)
+    what = f"run again: {kept} is kept" if kept else "choose another folder"
     return OSError(
-        f"{path} could not be written{where} ({reason}): make room on its disk, or choose another "
-        "folder"
+        f"{path} could not be written{where} ({reason}): make room on its disk, "
+        f"{'and' if kept else 'or'} {what}"
     )
 
 
 @contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary name; on success it becomes `path`, on failure it is removed."""
-    part = part_path(path)
+def atomic(path: Path, *, kept: bool = False) -> Iterator[Path]:
+    """Yields a temporary name; on success it becomes `path`, on failure it is removed.
+
+    With `kept` all processes use one name, so that what a killed one left is replaced by the next.
+    """
+    part = part_path(path, kept=kept)
     try:
         yield part
         publish(part, path)
@@ -133,26 +159,43 @@ def atomic(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def atomic_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+def atomic_bytes(path: str | os.PathLike[str], data: bytes, *, kept: bool = False) -> None:
     """Writes a small file, whole or not at all."""
-    with atomic(Path(path)) as part:
+    with atomic(Path(path), kept=kept) as part:
         part.write_bytes(data)
 
 
 class RowWriter(ABC):
-    """Rows of pixels in, a file out; a context manager that drops the file when its block fails."""
+    """Rows of pixels in, a file out.
+
+    A context manager. When its block fails, the unfinished file is dropped, or kept where the
+    writer was given a folder for its state.
+    """
+
+    @property
+    @abstractmethod
+    def rows_written(self) -> int:
+        """Rows that the writer has: the first row that it still needs."""
 
     @abstractmethod
     def write_rows(self, rows: Any) -> None:
         """Appends rows of pixels, uint8 [rows, width, 3], any number of them."""
 
     @abstractmethod
+    def checkpoint(self) -> None:
+        """Saves the state, crash-safe: a run that dies later goes on from here."""
+
+    @abstractmethod
     def finish(self) -> None:
         """Gives the file its name; needs all rows."""
 
     @abstractmethod
+    def suspend(self) -> None:
+        """Closes the unfinished file; keeps it and its state where it has a folder for that."""
+
+    @abstractmethod
     def abort(self) -> None:
-        """Removes what was written unless it is finished."""
+        """Removes what was written, and its state, unless it is finished."""
 
     def __enter__(self) -> Self:
         return self
@@ -166,4 +209,4 @@ class RowWriter(ABC):
         if kind is None:
             self.finish()
         else:
-            self.abort()
+            self.suspend()

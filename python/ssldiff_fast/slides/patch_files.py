@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from ssldiff_fast._checks import check_choice
 from ssldiff_fast.slides.output import atomic, atomic_bytes
-from ssldiff_fast.slides.pyramid import describe
+from ssldiff_fast.slides.raster import describe
 from ssldiff_fast.slides.slide import RGB
 
 FORMATS = ("png", "jpeg", "shards")

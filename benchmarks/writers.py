@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Claim: a writer is as fast as its codec, and its memory does not depend on the image's size.
+
+Each format's megapixels per second (of all levels) beside its codec's alone on the same tiles and
+threads, and the peak resident memory of a process that writes squares of several sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssldiff_fast.slides.output import RowWriter
+from ssldiff_fast.slides.writers import open_writer
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "TIFF, jpeg": ("a.tif", {}),
+    "TIFF, deflate": ("a.tif", {"codec": "deflate"}),
+    "OME-TIFF, jpeg": ("a.ome.tif", {}),
+    "GeoTIFF, deflate": ("a.geo.tif", {"codec": "deflate"}),
+    "Deep Zoom, jpeg": ("a.dzi", {}),
+    "OME-Zarr, blosc": ("a.zarr", {}),
+}
+# Rows of one call: a row of tiles of every format; for the memory, as few as keep a call small.
+BAND_ROWS, BAND_BYTES = 512, 2**21
+
+
+def texture(height: int, width: int) -> np.ndarray:
+    """Stained-looking colours with noise, as flat ones are encoded too fast; [height, width, 3]."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    waves = 40 * np.sin(x / 9) + 40 * np.cos(y / 7)
+    noise = np.random.default_rng(0).normal(0, 4, (height, width, 3))
+    image = np.array([190.0, 130.0, 180.0]) + waves[..., None] + noise
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def write(writer: RowWriter, band: np.ndarray, height: int) -> None:
+    """Writes a band of rows again and again."""
+    with writer:
+        for start in range(0, height, len(band)):
+            writer.write_rows(band[: height - start])
+
+
+def speed(case: str, folder: Path, size: int, threads: int, rounds: int) -> dict[str, float]:
+    """Megapixels per second of writer and codec, alternating, medians."""
+    name, options = CASES[case]
+    band = texture(BAND_ROWS, size)
+
+    def opened() -> Any:
+        return open_writer(
+            folder / name, size, size, 0.5, threads=threads, overwrite=True, **options
+        )
+
+    probe = opened()
+    sink, sizes = probe._sink, [level.size for level in probe._levels]
+    side = sink.tile
+    probe.abort()
+    columns = range(0, size - side + 1, side)
+    tiles = [np.ascontiguousarray(band[:side, x : x + side]) for x in columns]
+    count = sum(level.rows * level.columns for level in sizes)
+    times: dict[str, list[float]] = {"writer": [], "codec": []}
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            write(opened(), band, size)
+            times["writer"].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            work = (pool.submit(sink.encode, 0, tiles[n % len(tiles)]) for n in range(count))
+            for future in list(work):
+                future.result()
+            times["codec"].append(time.perf_counter() - start)
+    megapixels = count * side * side / 1e6
+    rate = {name: megapixels / float(np.median(values)) for name, values in times.items()}
+    return {
+        "ratio": round(rate["writer"] / rate["codec"], 3),
+        "writer_megapixels_per_second": round(rate["writer"], 1),
+        "codec_megapixels_per_second": round(rate["codec"], 1),
+    }
+
+
+def peak(folder: Path, size: int, threads: int) -> float:
+    """Peak resident megabytes of a process that writes a square TIFF."""
+    command = [sys.executable, __file__, "--one", str(size), "--folder", str(folder)]
+    command += ["--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(json.loads(done.stdout))
+
+
+def one(folder: Path, size: int, threads: int) -> None:
+    """Writes a square in bands of a few rows and prints the peak."""
+    band = texture(max(1, BAND_BYTES // (3 * size)), size)
+    writer = open_writer(folder / "square.tif", size, size, 0.5, threads=threads, overwrite=True)
+    write(writer, band, size)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    """Time all and save writers.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", type=int, default=8192, help="side of the squares that are timed")
+    parser.add_argument("--squares", default="4096,16384", help="sides for the memory")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="a disk with room for the largest")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.one:
+        one(chosen.folder, chosen.one, chosen.threads)
+        return
+    from report import aim, save  # imports torch, which a process whose memory counts does not
+
+    folder = Path(tempfile.mkdtemp(dir=chosen.folder))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rates = {
+                case: speed(case, folder, chosen.size, chosen.threads, chosen.rounds)
+                for case in CASES
+            }
+        peaks = {
+            str(size): round(peak(folder, int(size), chosen.threads), 1)
+            for size in chosen.squares.split(",")
+        }
+    finally:
+        shutil.rmtree(folder)
+    growth = max(peaks.values()) / next(iter(peaks.values())) - 1
+    aims = [
+        aim(f"share of the codec's speed, {case}", figures["ratio"], 0.8, "at least")
+        for case, figures in rates.items()
+    ]
+    aims.append(aim("growth of the peak memory over the sizes", growth, 0.05, "at most"))
+    shown = {"size": chosen.size, "threads": chosen.threads, "peak_megabytes": peaks}
+    save("writers", {"speed": rates, **shown}, aims)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ HERE = Path(__file__).parent
 # Folders and files with tests marked gpu; others may need libraries that a GPU machine lacks.
 TESTS = ("tests/ops", "tests/canvas", "tests/test_gpu.py")
 BENCHMARKS: tuple[tuple[str, ...], ...] = (
+    ("group_norm_silu.py",),
     ("scatter_mean.py",),
     ("gather_windows.py",),
     ("interpolate_grid.py",),

@@ -104,6 +104,60 @@ inline GridMode check_grid(const torch::stable::Tensor& grid, const torch::stabl
                   ", but it must be bilinear, slerp or nearest.");
 }
 
+inline bool is_float(const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+         type == ScalarType::Half;
+}
+
+// Parameters are [C] of each channel or [N, C] of each sample; statistics [N, G].
+inline void check_group_norm(const torch::stable::Tensor& x, int64_t groups,
+                             const std::vector<std::optional<torch::stable::Tensor>>& of_channel,
+                             const std::vector<std::optional<torch::stable::Tensor>>& of_sample,
+                             const std::vector<std::optional<torch::stable::Tensor>>& statistics) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(is_float(x) && x.dim() >= 2,
+                  "group_norm_silu: x must be a floating-point tensor [N, C, ...].");
+  STD_TORCH_CHECK(groups > 0 && x.size(1) > 0 && x.size(1) % groups == 0,
+                  "group_norm_silu: groups is ", groups, ", but it must divide the ", x.size(1),
+                  " channels of x.");
+  for (const auto& tensor : of_channel) {
+    STD_TORCH_CHECK(
+        !tensor.has_value() || (is_float(*tensor) && tensor->dim() == 1 &&
+                                tensor->size(0) == x.size(1) && tensor->device() == x.device()),
+        "group_norm_silu: weight and bias must be floating-point tensors [C] beside "
+        "x.");
+  }
+  for (const auto& tensor : of_sample) {
+    STD_TORCH_CHECK(!tensor.has_value() ||
+                        (is_float(*tensor) && tensor->dim() == 2 && tensor->size(0) == x.size(0) &&
+                         tensor->size(1) == x.size(1) && tensor->device() == x.device()),
+                    "group_norm_silu: add, scale and shift must be floating-point tensors [N, C] "
+                    "beside x.");
+  }
+  const ScalarType sum_type =
+      x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  for (const auto& tensor : statistics) {
+    STD_TORCH_CHECK(
+        tensor.has_value() == statistics[0].has_value() &&
+            (!tensor.has_value() || (tensor->scalar_type() == sum_type && tensor->dim() == 2 &&
+                                     tensor->size(0) == x.size(0) && tensor->size(1) == groups &&
+                                     tensor->device() == x.device())),
+        "group_norm_silu: mean and rstd must both be given, as float32 tensors [N, G] beside x "
+        "(float64 with float64), or neither.");
+  }
+}
+
+inline void check_same_maps(const torch::stable::Tensor& grad, const torch::stable::Tensor& x) {
+  bool same =
+      grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() && grad.device() == x.device();
+  for (int64_t dim = 0; same && dim < x.dim(); ++dim) {
+    same = grad.size(dim) == x.size(dim);
+  }
+  STD_TORCH_CHECK(same, "group_norm_silu_backward: grad must have the shape and dtype of x.");
+}
+
 inline void check_noise(const torch::stable::Tensor& out, int64_t first_row, int64_t step) {
   constexpr int64_t kLimit = int64_t{1} << 32;
   STD_TORCH_CHECK(out.scalar_type() == torch::headeronly::ScalarType::Float && out.dim() == 3 &&

@@ -17,6 +17,15 @@ STABLE_TORCH_LIBRARY(ssldiff, m) {
   m.def(
       "gather_windows(Tensor canvas, Tensor index, int[] origins_y, int[] origins_x, "
       "int[] geometry, ScalarType dtype, bool channels_last) -> Tensor");
+  m.def(
+      "group_norm_silu(Tensor x, int groups, Tensor? weight, Tensor? bias, Tensor? add, "
+      "Tensor? scale, Tensor? shift, Tensor? mean, Tensor? rstd, float eps, bool silu) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "group_norm_silu_backward(Tensor grad, Tensor x, int groups, Tensor? weight, Tensor? bias, "
+      "Tensor? add, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd, bool given, bool silu) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("group_norm_statistics(Tensor x, int groups) -> (Tensor, Tensor)");
   m.def("interpolate_grid(Tensor grid, Tensor points, Tensor? valid, str mode) -> Tensor");
   m.def("philox_normal(Tensor(a!) out, int seed, int first_row, int step) -> ()");
   m.def("philox4x32(Tensor counters, int seed) -> Tensor");

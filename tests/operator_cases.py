@@ -148,3 +148,25 @@ def token_case(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> di
 def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same arguments, tensors in float64."""
     return {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+MAPS = {  # N, C, ...; groups
+    "one": ((1, 1, 1, 1), 1),
+    "odd": ((3, 37, 5, 7), 1),
+    "group-of-one-channel": ((2, 7, 9, 5), 7),
+    "blocks-of-eight-and-past": ((1, 64, 33, 17), 32),
+    "wide": ((2, 960, 3, 3), 32),
+    "one-position": ((5, 12, 1, 1), 3),
+    "no-positions-axis": ((4, 12), 3),
+    "sequence": ((2, 64, 101), 32),
+    "volume": ((2, 6, 3, 4, 5), 2),
+    "no-samples": ((0, 8, 4, 4), 2),
+    "no-positions": ((2, 8, 0, 4), 2),
+}
+
+
+def map_parameters(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Every parameter of group_norm_silu."""
+    n, c = shape[:2]
+    by_channel = {name: torch.randn(c) for name in ("weight", "bias")}
+    return {**by_channel, **{name: torch.randn(n, c) for name in ("add", "scale", "shift")}}

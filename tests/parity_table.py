@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from operator_cases import GRIDS, PLANS, TOKENS, assert_close, grid_points, token_case
+from operator_cases import (
+    GRIDS,
+    MAPS,
+    PLANS,
+    TOKENS,
+    assert_close,
+    grid_points,
+    map_parameters,
+    token_case,
+)
 from scatter_cases import ASKED, GATHERS, make_call
 from ssldiff_fast import ops
 from ssldiff_fast.ops._register import TRITON
@@ -61,13 +70,15 @@ def doubled(tensor: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Operator:
     """An operator of the package: how it is called, and on what; `thorough` names the case that
-    Triton's slow interpreter runs in every dtype, and in every layout."""
+    Triton's slow interpreter runs in every dtype, and in every layout; `sums_as_stored` says that
+    sums run in the order of memory, so that bits belong to a layout."""
 
     run: Callable[..., Any]
     reference: Callable[..., Any]
     cases: dict[str, Callable[[torch.dtype], Call]]
     dtypes: tuple[torch.dtype, ...]
     thorough: str
+    sums_as_stored: bool = False
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -108,6 +119,29 @@ def _interpolate(name: str, mode: str, masked: bool) -> Callable[[torch.dtype], 
 
 def _token(name: str) -> Callable[[torch.dtype], Call]:
     return lambda dtype: Call((), token_case(TOKENS[name], dtype))
+
+
+def _norm(name: str) -> Callable[[torch.dtype], Call]:
+    def call(dtype: torch.dtype) -> Call:
+        shape, groups = MAPS[name]
+        parameters = {k: v.to(dtype) for k, v in map_parameters(shape).items()}
+        x = torch.randn(shape).to(dtype)
+        # So that sums over a map stay of order one.
+        seed = (torch.randn(shape) / max(x.numel(), 1) ** 0.5).to(dtype)
+        return Call((x, groups, seed), {**parameters, "eps": 1e-3})
+
+    return call
+
+
+def _with_gradients(function: Callable[..., Tensor]) -> Callable[..., list[Tensor]]:
+    """A function that returns another's result, and the gradients of its arguments."""
+
+    def both(x: Tensor, groups: int, seed: Tensor, *, eps: float, **others: Tensor) -> list[Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, *others.values())]
+        out = function(leaves[0], groups, eps=eps, **dict(zip(others, leaves[1:])))
+        return [out.detach(), *torch.autograd.grad(out, leaves, seed)]
+
+    return both
 
 
 def _nearest(m: int, k: int, d: int) -> Callable[[torch.dtype], Call]:
@@ -157,6 +191,14 @@ OPERATORS = {
         {name: _token(name) for name in TOKENS},
         FLOATS,
         "heads",
+    ),
+    "group_norm_silu": Operator(
+        _with_gradients(ops.group_norm_silu),
+        _with_gradients(ops.group_norm_silu_reference),
+        {name: _norm(name) for name in MAPS},
+        FLOATS,
+        "odd",
+        sums_as_stored=True,
     ),
     "vq_nearest": Operator(
         ops.vq_nearest,

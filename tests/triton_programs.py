@@ -18,6 +18,7 @@ import triton
 from operator_cases import KNOWN_WORDS
 from parity_table import LAYOUTS, OPERATORS, difference, doubled, through_triton
 from ssldiff_fast.kernels import gather_windows as gather_windows_kernels
+from ssldiff_fast.kernels import group_norm_silu as group_norm_silu_kernels
 from ssldiff_fast.kernels import interpolate_grid as interpolate_grid_kernels
 from ssldiff_fast.kernels import philox_normal as philox_normal_kernels
 from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
@@ -140,6 +141,7 @@ def compile_ahead() -> dict[str, str]:
         flags = {"HAS_KEYS": keys, "BLOCK_L": 8, "BLOCK_C": 512}
         kernel = token_attention_kernels.token_attention_kernel
         cases.append((f"token_attention {keys} {dtype}", kernel, {**tokens, **types}, flags))
+    cases += _norm_cases()
     found = {}
     for name, kernel, types, flags in cases:
         signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
@@ -151,6 +153,29 @@ def compile_ahead() -> dict[str, str]:
             key = f"{kernel.__name__} {name} sm_{architecture}"
             found[key] = " ".join(sorted(made.asm))
     return found
+
+
+def _norm_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    kernels = group_norm_silu_kernels
+    sizes = dict.fromkeys(("samples", "positions", "channels", "groups", "chunks"), "i32")
+    sizes |= {f"stride_{which}{axis}": "i64" for which in "xgo" for axis in "ncl"}
+    sums = ("mean", "rstd", "m2", "level", "curve", "sums")
+    stored = ("x", "out", "grad", "grad_x", "weight", "bias", "add", "scale", "shift")
+    block_l, block_c = kernels.TILES[True]
+    flags = {"CHUNK": kernels.CHUNK, "BLOCK_L": block_l, "BLOCK_C": block_c}
+    cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
+    for dtype in ("fp32", "bf16"):
+        types = {**sizes, **{f"{name}_ptr": "*fp32" for name in sums}}
+        types |= {f"{name}_ptr": f"*{dtype}" for name in stored}
+        silu = {**flags, "SILU": True}
+        backward = kernels.group_norm_silu_backward_kernel
+        cases += [
+            (f"statistics {dtype}", kernels.group_norm_statistics_kernel, types, flags),
+            (f"forward {dtype}", kernels.group_norm_silu_kernel, types, silu),
+            (f"sums {dtype}", backward, types, {**silu, "REDUCE": True}),
+            (f"gradient {dtype}", backward, types, {**silu, "REDUCE": False}),
+        ]
+    return cases
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext, TokenVectors
 from ssldiff_fast.ops import few_tokens, token_attention
 
@@ -197,7 +198,7 @@ class SpatialTransformer(nn.Module):
         self.use_checkpoint = use_checkpoint
         # Where its blocks' vectors begin in a prepared context; the U-Net counts them.
         self.first_block = 0
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = GroupNormSiLU(channels, eps=1e-6, silu=False)
         self.proj_in = nn.Conv2d(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
@@ -240,7 +241,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.new_order = new_order
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = GroupNormSiLU(channels, silu=False)
         self.qkv = nn.Conv1d(channels, channels * 3, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssldiff_fast.models.group_norm import GroupNormSiLU
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """The first stage's GroupNorm: 32 groups, eps 1e-6 (the U-Net's is 1e-5)."""
-    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+# The first stage's GroupNorms have this eps.
+EPS = 1e-6
 
 
 class ResnetBlock(nn.Module):
@@ -22,9 +22,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = GroupNormSiLU(in_channels, eps=EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = GroupNormSiLU(out_channels, eps=EPS)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -34,8 +34,8 @@ class ResnetBlock(nn.Module):
         self,
         x: Tensor,  # [B, C, H, W]
     ) -> Tensor:  # [B, out_channels, H, W]
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.dropout(self.norm2(h)))
         if hasattr(self, "nin_shortcut"):
             x = self.nin_shortcut(x)
         return x + h
@@ -46,7 +46,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = GroupNormSiLU(channels, eps=EPS, silu=False)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -173,7 +173,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(width)
             self.down.append(level)
         self.mid = Middle(width, dropout)
-        self.norm_out = group_norm(width)
+        self.norm_out = GroupNormSiLU(width, eps=EPS)
         self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(
@@ -183,7 +183,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(self.norm_out(self.mid(h)))
 
 
 class Decoder(nn.Module):
@@ -214,7 +214,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(width)
             levels.insert(0, level)  # stored from fine to coarse, as checkpoints have it
         self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(width)
+        self.norm_out = GroupNormSiLU(width, eps=EPS)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     def forward(
@@ -224,4 +224,4 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssldiff_fast.models.attention import AttentionBlock, SpatialTransformer, zeroed
+from ssldiff_fast.models.group_norm import GROUPS, GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext
 from ssldiff_fast.models.unet_blocks import (
     Downsample,
@@ -30,8 +31,6 @@ _FIXED: dict[str, tuple[object, str]] = {
 # Published configurations set it, but it is no property of the model: precision is chosen with
 # .to(dtype) or sf.load(..., dtype=).
 _IGNORED = ("use_fp16",)
-# GroupNorm has this many groups everywhere.
-_GROUPS = 32
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,10 @@ class UNetConfig:
             raise ValueError(f"UNet: dropout={self.dropout!r}, expected a number in [0, 1).")
         for mult in self.channel_mult:
             width = self.model_channels * mult
-            if mult < 1 or width % _GROUPS:
+            if mult < 1 or width % GROUPS:
                 raise ValueError(
                     f"UNet: a level has model_channels * channel_mult = {self.model_channels} * "
-                    f"{mult} channels, expected a positive multiple of {_GROUPS}."
+                    f"{mult} channels, expected a positive multiple of {GROUPS}."
                 )
         if self.use_spatial_transformer:
             if self.context_dim is None:
@@ -200,8 +199,8 @@ class UNet(nn.Module):
         )
         self.output_blocks, channels = self._build_up(widths)
         self.out = nn.Sequential(
-            nn.GroupNorm(_GROUPS, channels),
-            nn.SiLU(),
+            GroupNormSiLU(channels),
+            nn.Identity(),  # holds the place of the published SiLU, which the norm does
             zeroed(nn.Conv2d(channels, config.out_channels, 3, padding=1)),
         )
         count = 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssldiff_fast.models.attention import SpatialTransformer, zeroed
+from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext
 
 # Longest wavelength of the timestep embedding is 2 pi MAX_PERIOD.
@@ -88,8 +89,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.use_checkpoint = use_checkpoint
+        # The identities hold the places of the published SiLUs, which the norms do, so that the
+        # convolutions keep their numbers.
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNormSiLU(channels),
+            nn.Identity(),
+            nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         self.resample: nn.Module | None = None
         if resample is not None:
@@ -99,8 +104,8 @@ class ResBlock(nn.Module):
             nn.SiLU(), nn.Linear(embed_width, out_channels * (2 if scale_shift else 1))
         )
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(32, out_channels),
-            nn.SiLU(),
+            GroupNormSiLU(out_channels),
+            nn.Identity(),
             nn.Dropout(dropout),
             zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
@@ -118,20 +123,19 @@ class ResBlock(nn.Module):
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm, activation, conv = self.in_layers
-        hidden = activation(norm(x))
+        norm, _, conv = self.in_layers
+        hidden = norm(x)
         if self.resample is not None:
             hidden, x = self.resample(hidden), self.resample(x)
         hidden = conv(hidden)
-        shift = self.emb_layers(emb)[:, :, None, None]
-        norm, *rest = self.out_layers
+        shift = self.emb_layers(emb)
+        norm, _, dropout, conv = self.out_layers
         if self.scale_shift:
             scale, shift = shift.chunk(2, dim=1)
-            hidden = norm(hidden) * (1 + scale) + shift
+            hidden = norm(hidden, scale=scale, shift=shift)
         else:
-            hidden = norm(hidden + shift)
-        for layer in rest:
-            hidden = layer(hidden)
+            hidden = norm(hidden, add=shift)
+        hidden = conv(dropout(hidden))
         return self.skip_connection(x) + hidden
 
 

@@ -2,6 +2,12 @@
 """Operators: each file holds one, with its equation, reference, checks, gradient and dispatch."""
 
 from .gather_windows import gather_windows, gather_windows_reference
+from .group_norm_silu import (
+    GroupNormStatistics,
+    group_norm_silu,
+    group_norm_silu_reference,
+    group_norm_statistics,
+)
 from .interpolate_grid import interpolate_grid, interpolate_grid_reference
 from .philox_normal import (
     philox4x32,
@@ -20,6 +26,10 @@ __all__ = [
     "few_tokens",
     "gather_windows",
     "gather_windows_reference",
+    "GroupNormStatistics",
+    "group_norm_silu",
+    "group_norm_silu_reference",
+    "group_norm_statistics",
     "interpolate_grid",
     "interpolate_grid_reference",
     "philox4x32",

@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""group_norm_silu in Triton; the equations stand in ops/group_norm_silu.py.
+
+Maps are seen as [N, C, L] with any strides. Each pass runs over tiles of positions and channels;
+sums of chunks of positions are combined in a fixed order, without atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 512  # positions whose sums one program makes
+# Positions and channels of a tile: channels-last maps are contiguous along channels, others along
+# positions.
+TILES = {True: (16, 64), False: (64, 16)}
+
+
+@triton.jit
+def locate(positions, channels, chunks, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sample, chunk and channels of this program."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(channels, BLOCK_C)
+    c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    chunk = program // blocks % chunks
+    return program // blocks // chunks, chunk, c
+
+
+@triton.jit
+def line(mean_ptr, rstd_ptr, params, n, c, channels, groups, there):
+    """mean - add, rstd, weight (1 + scale) and bias (1 + scale) + shift of channels c."""
+    weight_ptr, bias_ptr, add_ptr, scale_ptr, shift_ptr = params
+    g = c // (channels // groups)
+    center = tl.load(mean_ptr + n * groups + g, mask=there, other=0.0)
+    rstd = tl.load(rstd_ptr + n * groups + g, mask=there, other=0.0)
+    dtype = mean_ptr.dtype.element_ty
+    slope = tl.full(c.shape, 1.0, dtype)
+    offset = tl.zeros(c.shape, dtype)
+    if weight_ptr is not None:
+        slope = tl.load(weight_ptr + c, mask=there, other=0.0).to(dtype)
+    if bias_ptr is not None:
+        offset = tl.load(bias_ptr + c, mask=there, other=0.0).to(dtype)
+    if add_ptr is not None:
+        center -= tl.load(add_ptr + n * channels + c, mask=there, other=0.0).to(dtype)
+    if scale_ptr is not None:
+        gain = 1.0 + tl.load(scale_ptr + n * channels + c, mask=there, other=0.0).to(dtype)
+        slope *= gain
+        offset *= gain
+    if shift_ptr is not None:
+        offset += tl.load(shift_ptr + n * channels + c, mask=there, other=0.0).to(dtype)
+    return center, rstd, slope, offset
+
+
+@triton.jit
+def group_norm_statistics_kernel(
+    x_ptr,  # [N, C, L]
+    mean_ptr,  # [N, chunks, C], of each chunk and channel
+    m2_ptr,  # [N, chunks, C]
+    positions,
+    channels,
+    chunks,
+    stride_xn,
+    stride_xc,
+    stride_xl,
+    CHUNK: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Mean and squared deviations, tile after tile by Chan's formula."""
+    n, chunk, c = locate(positions, channels, chunks, CHUNK, BLOCK_C)
+    dtype = mean_ptr.dtype.element_ty
+    mean = tl.zeros((BLOCK_C,), dtype=dtype)
+    m2 = tl.zeros((BLOCK_C,), dtype=dtype)
+    first = chunk * CHUNK
+    end = tl.minimum(first + CHUNK, positions)
+    x_ptr += n * stride_xn
+    for start in range(0, tl.minimum(CHUNK, positions - chunk * CHUNK), BLOCK_L):
+        position = first + start + tl.arange(0, BLOCK_L).to(tl.int64)
+        there = (position < end)[:, None] & (c < channels)[None, :]
+        offsets = position[:, None] * stride_xl + c[None, :] * stride_xc
+        x = tl.load(x_ptr + offsets, mask=there, other=0.0).to(dtype)
+        before = tl.minimum(first + start, end) - first
+        count = tl.minimum(first + start + BLOCK_L, end) - first - before
+        share = count.to(dtype) / tl.maximum(before + count, 1).to(dtype)
+        tile_mean = tl.sum(x, axis=0) / tl.maximum(count, 1).to(dtype)
+        deviation = tl.where(there, x - tile_mean[None, :], 0.0)
+        # The deviations' own mean corrects what rounding left in the first.
+        rest = tl.sum(deviation, axis=0) / tl.maximum(count, 1).to(dtype)
+        tile_m2 = tl.sum(deviation * deviation, axis=0) - rest * rest * count.to(dtype)
+        delta = tile_mean + rest - mean
+        mean += delta * share
+        m2 += tl.where(count > 0, tile_m2 + delta * delta * share * before.to(dtype), 0.0)
+    to = (n * chunks + chunk) * channels + c
+    tl.store(mean_ptr + to, mean, mask=c < channels)
+    tl.store(m2_ptr + to, m2, mask=c < channels)
+
+
+@triton.jit
+def group_norm_silu_kernel(
+    x_ptr,  # [N, C, L]
+    out_ptr,  # [N, C, L]
+    mean_ptr,  # [N, G]
+    rstd_ptr,  # [N, G]
+    weight_ptr,  # [C], or None
+    bias_ptr,  # [C], or None
+    add_ptr,  # [N, C], or None
+    scale_ptr,  # [N, C], or None
+    shift_ptr,  # [N, C], or None
+    positions,
+    channels,
+    groups,
+    chunks,
+    stride_xn,
+    stride_xc,
+    stride_xl,
+    stride_on,
+    stride_oc,
+    stride_ol,
+    SILU: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Norm, scale, shift and SiLU of one chunk of positions."""
+    n, chunk, c = locate(positions, channels, chunks, CHUNK, BLOCK_C)
+    params = (weight_ptr, bias_ptr, add_ptr, scale_ptr, shift_ptr)
+    center, rstd, slope, offset = line(
+        mean_ptr, rstd_ptr, params, n, c, channels, groups, c < channels
+    )
+    slope *= rstd
+    x_ptr += n * stride_xn
+    out_ptr += n * stride_on
+    for start in range(0, tl.minimum(CHUNK, positions - chunk * CHUNK), BLOCK_L):
+        position = chunk * CHUNK + start + tl.arange(0, BLOCK_L).to(tl.int64)
+        there = (position < positions)[:, None] & (c < channels)[None, :]
+        offsets = position[:, None] * stride_xl + c[None, :] * stride_xc
+        x = tl.load(x_ptr + offsets, mask=there, other=0.0).to(slope.dtype)
+        z = (x - center[None, :]) * slope[None, :] + offset[None, :]
+        if SILU:
+            z = z / (1.0 + tl.exp(-z))
+        to = position[:, None] * stride_ol + c[None, :] * stride_oc
+        tl.store(out_ptr + to, z.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def group_norm_silu_backward_kernel(
+    x_ptr,  # [N, C, L]
+    grad_ptr,  # [N, C, L]
+    mean_ptr,  # [N, G]
+    rstd_ptr,  # [N, G]
+    weight_ptr,  # [C], or None
+    bias_ptr,  # [C], or None
+    add_ptr,  # [N, C], or None
+    scale_ptr,  # [N, C], or None
+    shift_ptr,  # [N, C], or None
+    sums_ptr,  # [3, N, chunks, C], of gz, gz normed and normed; anything without REDUCE
+    grad_x_ptr,  # [N, C, L]; anything with REDUCE
+    level_ptr,  # [N, G], -rstd times the mean of gz gain; anything with REDUCE
+    curve_ptr,  # [N, G], -rstd times the mean of gz gain normed; anything with REDUCE
+    samples,
+    positions,
+    channels,
+    groups,
+    chunks,
+    stride_xn,
+    stride_xc,
+    stride_xl,
+    stride_gn,
+    stride_gc,
+    stride_gl,
+    stride_on,
+    stride_oc,
+    stride_ol,
+    SILU: tl.constexpr,
+    REDUCE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """First the sums (REDUCE), then the gradient of x, over one chunk of positions."""
+    n, chunk, c = locate(positions, channels, chunks, CHUNK, BLOCK_C)
+    params = (weight_ptr, bias_ptr, add_ptr, scale_ptr, shift_ptr)
+    center, rstd, slope, offset = line(
+        mean_ptr, rstd_ptr, params, n, c, channels, groups, c < channels
+    )
+    gz_sum = tl.zeros((BLOCK_C,), dtype=slope.dtype)
+    normed_gz_sum = tl.zeros((BLOCK_C,), dtype=slope.dtype)
+    normed_sum = tl.zeros((BLOCK_C,), dtype=slope.dtype)
+    x_ptr += n * stride_xn
+    grad_ptr += n * stride_gn
+    if not REDUCE:
+        grad_x_ptr += n * stride_on
+        group = n * groups + c // (channels // groups)
+        level = tl.load(level_ptr + group, mask=c < channels, other=0.0)
+        curve = tl.load(curve_ptr + group, mask=c < channels, other=0.0)
+    for start in range(0, tl.minimum(CHUNK, positions - chunk * CHUNK), BLOCK_L):
+        position = chunk * CHUNK + start + tl.arange(0, BLOCK_L).to(tl.int64)
+        there = (position < positions)[:, None] & (c < channels)[None, :]
+        offsets = position[:, None] * stride_xl + c[None, :] * stride_xc
+        x = tl.load(x_ptr + offsets, mask=there, other=0.0).to(slope.dtype)
+        offsets = position[:, None] * stride_gl + c[None, :] * stride_gc
+        gz = tl.load(grad_ptr + offsets, mask=there, other=0.0).to(slope.dtype)
+        normed = tl.where(there, (x - center[None, :]) * rstd[None, :], 0.0)
+        if SILU:
+            z = normed * slope[None, :] + offset[None, :]
+            sigmoid = 1.0 / (1.0 + tl.exp(-z))
+            gz *= sigmoid * (1.0 + z * (1.0 - sigmoid))
+        if REDUCE:
+            gz_sum += tl.sum(gz, axis=0)
+            normed_gz_sum += tl.sum(gz * normed, axis=0)
+            normed_sum += tl.sum(normed, axis=0)
+        else:
+            value = gz * (slope * rstd)[None, :] + (normed * curve[None, :] + level[None, :])
+            to = position[:, None] * stride_ol + c[None, :] * stride_oc
+            tl.store(grad_x_ptr + to, value.to(grad_x_ptr.dtype.element_ty), mask=there)
+    if REDUCE:
+        to = sums_ptr + (n * chunks + chunk) * channels + c
+        step = samples.to(tl.int64) * chunks * channels
+        tl.store(to, gz_sum, mask=c < channels)
+        tl.store(to + step, normed_gz_sum, mask=c < channels)
+        tl.store(to + 2 * step, normed_sum, mask=c < channels)
+
+
+def group_norm_statistics(
+    x: Tensor,  # [N, C, ...] fp32 | bf16 | fp16 | fp64
+    groups: int,
+    add: Tensor | None = None,  # [N, C]
+) -> tuple[Tensor, Tensor]:  # [N, G], [N, G] fp32 (fp64 for fp64)
+    """Launch the kernel; arguments have been checked by ops/group_norm_silu.py."""
+    maps = _maps(x)
+    samples, channels, positions = maps.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if maps.numel() == 0:
+        zeros = x.new_zeros((samples, groups), dtype=dtype)
+        return zeros, zeros.clone()
+    chunks = triton.cdiv(positions, CHUNK)
+    mean, m2 = (x.new_empty((samples, chunks, channels), dtype=dtype) for _ in range(2))
+    block_l, block_c = TILES[maps.stride(1) == 1]
+    group_norm_statistics_kernel[(samples * chunks * triton.cdiv(channels, block_c),)](
+        maps,
+        mean,
+        m2,
+        positions,
+        channels,
+        chunks,
+        *maps.stride(),
+        CHUNK=CHUNK,
+        BLOCK_L=block_l,
+        BLOCK_C=block_c,
+    )
+    # Chunks and channels of a group together, by Chan's formula in float64.
+    counts = torch.full((chunks, 1, 1), CHUNK, dtype=torch.float64, device=x.device)
+    counts[-1] = positions - (chunks - 1) * CHUNK
+    means = mean.double() if add is None else mean.double() + add.double()[:, None]
+    means = means.unflatten(2, (groups, -1))
+    total = positions * (channels // groups)
+    centre = (counts * means).sum((1, 3)) / total
+    spread = (
+        m2.double().unflatten(2, (groups, -1))
+        + counts * (means - centre[:, None, :, None]).square()
+    )
+    return centre.to(dtype), spread.sum((1, 3)).to(dtype)
+
+
+def group_norm_silu(
+    x: Tensor,  # [N, C, ...] fp32 | bf16 | fp16 | fp64
+    groups: int,
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    add: Tensor | None,  # [N, C]
+    scale: Tensor | None,  # [N, C]
+    shift: Tensor | None,  # [N, C]
+    mean: Tensor | None,  # [N, G]
+    rstd: Tensor | None,  # [N, G]
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # like x, [N, G], [N, G]
+    """Launch the kernels; arguments have been checked by ops/group_norm_silu.py."""
+    maps, out = _maps(x), torch.empty_like(x)
+    samples, channels, positions = maps.shape
+    if mean is None or rstd is None:
+        mean, m2 = group_norm_statistics(x, groups, add)
+        rstd = (m2 / max(positions * (channels // groups), 1) + eps).rsqrt()
+    else:
+        mean, rstd = mean.clone(), rstd.clone()
+    if maps.numel() > 0:
+        made = _maps(out)
+        chunks = triton.cdiv(positions, CHUNK)
+        block_l, block_c = TILES[maps.stride(1) == 1]
+        group_norm_silu_kernel[(samples * chunks * triton.cdiv(channels, block_c),)](
+            maps,
+            made,
+            mean.contiguous(),
+            rstd.contiguous(),
+            *_contiguous(weight, bias, add, scale, shift),
+            positions,
+            channels,
+            groups,
+            chunks,
+            *maps.stride(),
+            *made.stride(),
+            SILU=silu,
+            CHUNK=CHUNK,
+            BLOCK_L=block_l,
+            BLOCK_C=block_c,
+        )
+        if made.data_ptr() != out.data_ptr():
+            out.copy_(made.reshape(x.shape))
+    return out, mean, rstd
+
+
+def group_norm_silu_backward(
+    grad: Tensor,  # like x
+    x: Tensor,  # [N, C, ...] fp32 | bf16 | fp16 | fp64
+    groups: int,
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    add: Tensor | None,  # [N, C]
+    scale: Tensor | None,  # [N, C]
+    shift: Tensor | None,  # [N, C]
+    mean: Tensor,  # [N, G]
+    rstd: Tensor,  # [N, G]
+    given: bool,
+    silu: bool,
+) -> tuple[Tensor, ...]:  # of x, then weight, bias [C], add, scale, shift [N, C]
+    """Launch the kernels; arguments have been checked by ops/group_norm_silu.py."""
+    maps, grads, grad_x = _maps(x), _maps(grad), torch.empty_like(x)
+    samples, channels, positions = maps.shape
+    made = _maps(grad_x)
+    chunks = max(triton.cdiv(positions, CHUNK), 1)
+    sums = mean.new_zeros((3, samples, chunks, channels))
+    block_l, block_c = TILES[maps.stride(1) == 1]
+    params = _contiguous(weight, bias, add, scale, shift)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+
+    def launch(level: Tensor, curve: Tensor, reduce: bool) -> None:
+        if maps.numel() > 0:
+            group_norm_silu_backward_kernel[(samples * chunks * triton.cdiv(channels, block_c),)](
+                *(maps, grads, mean, rstd, *params, sums, made, level, curve),
+                *(samples, positions, channels, groups, chunks),
+                *(*maps.stride(), *grads.stride(), *made.stride()),
+                SILU=silu,
+                REDUCE=reduce,
+                CHUNK=CHUNK,
+                BLOCK_L=block_l,
+                BLOCK_C=block_c,
+            )
+
+    launch(mean, mean, True)
+    gz, normed_gz, normed = sums.sum(2)  # each [N, C]
+    ones = torch.ones_like(gz)
+    w = ones if weight is None else ones * weight
+    gain = ones if scale is None else 1 + scale.to(ones.dtype)
+    width = channels // groups
+    factor = -rstd * (0.0 if given else 1.0 / max(positions * width, 1))
+    level = factor * (gz * w * gain).unflatten(1, (groups, -1)).sum(2)
+    curve = factor * (normed_gz * w * gain).unflatten(1, (groups, -1)).sum(2)
+    launch(level, curve, False)
+    if made.data_ptr() != grad_x.data_ptr():
+        grad_x.copy_(made.reshape(x.shape))
+
+    def spread(values: Tensor) -> Tensor:  # [N, G] -> [N, C]
+        return values.repeat_interleave(width, dim=1)
+
+    grad_add = gz * w * gain * spread(rstd) + spread(level) * positions + spread(curve) * normed
+    grad_scale = w * normed_gz + (0.0 if bias is None else bias.to(gz.dtype) * gz)
+    return grad_x, (gain * normed_gz).sum(0), (gain * gz).sum(0), grad_add, grad_scale, gz
+
+
+def _maps(x: Tensor) -> Tensor:  # [N, C, L]
+    """x with its positions in one dimension; a copy where their distances are not equal."""
+    return x.flatten(2) if x.ndim > 2 else x[:, :, None]
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

@@ -32,7 +32,10 @@ _EXPORTS = {
     "load": "ssldiff_fast.models.load",
     "open_slide": "ssldiff_fast.slides",
     "sample": "ssldiff_fast.canvas",
+    "sample_rows": "ssldiff_fast.canvas",
+    "StateFolder": "ssldiff_fast.canvas",
     "Synthesis": "ssldiff_fast.synthesis",
+    "TissueMask": "ssldiff_fast.canvas",
     "synthesize": "ssldiff_fast.synthesis",
     "synthesize_patches": "ssldiff_fast.patches",
 }

@@ -19,7 +19,7 @@ from ssldiff_fast.canvas.noise import check_seed
 from ssldiff_fast.canvas.presets import Preset
 from ssldiff_fast.canvas.preview import PreviewFile
 from ssldiff_fast.canvas.sampler import ORDERS, StepCallback
-from ssldiff_fast.canvas.state import StateFolder, going_on, remove_state
+from ssldiff_fast.canvas.state import StateFolder, environment, going_on, remove_state
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.slides.cog import Georeference
 from ssldiff_fast.slides.grid import Grid
@@ -94,7 +94,7 @@ def synthesize(
     """Synthesize the large image that a grid describes (paper section 3.2) and write it.
 
     The same model, grid, seed and settings give the same bytes, after any interruption, on one
-    kind of machine and version of PyTorch; its number of threads may round the network differently.
+    kind of machine, version of PyTorch and, on a CPU, number of threads (the file's "environment").
 
     Args:
         model: a loaded model, or what `sf.load` takes.
@@ -156,6 +156,7 @@ def synthesize(
         "seed": seed,
         "recipe": recipe,
         "recipe_hash": digest(recipe),
+        "environment": environment(),
         "source_region_px": list(cells.region_px),  # decides no byte, but where to compare
     }
     width, height = plan.size_px

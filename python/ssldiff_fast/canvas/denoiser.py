@@ -99,8 +99,8 @@ class CanvasDenoiser:
 
     What the bytes depend on: the network and its device, dtype and library versions, the windows,
     the field, the guidance, the mask and `batch_size`. Not on the threads that our operators use,
-    nor on the order in which canvas rows are finished. (A network may round differently with
-    another number of threads; PyTorch's convolutions on a CPU can.)
+    nor on the order in which canvas rows are finished. (PyTorch's convolutions on a CPU do round
+    differently with another number of threads.)
 
     Args:
         denoiser: The network for windows.

@@ -190,7 +190,7 @@ class StateFolder:
                 "format": _FORMAT,
                 "recipe": self._recipe,
                 "numbers": dict(snapshot.numbers),
-                "environment": _environment(),
+                "environment": environment(),
             }
         )
         tensors = {
@@ -309,7 +309,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What decides the rounding of a network besides the recipe."""
     return {
         "torch": torch.__version__,
@@ -320,7 +320,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _warn_of_environment(there: Mapping[str, Any]) -> None:
-    difference = _difference(dict(there), _environment())
+    difference = _difference(dict(there), environment())
     if difference:
         logger.warning(
             "state: it was written elsewhere (%s), where the network may round differently; "

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ssldiff_fast
 from report import aim, save
 from ssldiff_fast.canvas import CanvasDenoiser, GridField, LDMDenoiser, Preset, get_preset, sample
-from ssldiff_fast.canvas.decode import decode_overlapped
+from ssldiff_fast.canvas.decode import decode_rows
 from ssldiff_fast.canvas.noise import canvas_noise
 from ssldiff_fast.models import LatentDiffusion
 from timing import alternate, arguments
@@ -199,7 +199,9 @@ def decode_seconds(
     def decode(latent: Tensor) -> float:
         stride = preset.decode_stride(model.window)
         start = time.perf_counter()
-        for _ in decode_overlapped(model, latent, stride=stride, batch_size=batch_size):
+        size = int(latent.shape[1]), int(latent.shape[2])
+        options = {"stride": stride, "batch_size": batch_size}
+        for _ in decode_rows(model, [latent], size, **options):
             pass
         return time.perf_counter() - start
 

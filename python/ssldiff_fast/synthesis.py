@@ -74,6 +74,7 @@ def synthesize(
     eta: float | None = None,
     stride: int | tuple[int, int] | None = None,
     decode_stride: int | tuple[int, int] | None = None,
+    decoder: str | None = None,
     wrap: str | None = None,
     mask: bool = False,
     order: str = "plain",
@@ -104,7 +105,9 @@ def synthesize(
         preset: "fast", "paper" or "authors"; or a `Preset` of your own.
         steps, guidance_scale, guidance_interval, eta, stride: in place of the preset's own;
             `stride` in latents, one number or (y, x); the interval (low, high) in t, 0 to 999.
-        decode_stride: distance between the decoder's tiles in latents, likewise.
+        decode_stride: distance between the reference decoder's tiles in latents, likewise.
+        decoder: "reference" (the published overlapped tiles), "local" (disjoint tiles with a halo
+            and fixed statistics) or "global" (the whole canvas at once), in place of the preset's.
         wrap: "x", "y" or "both" makes an image that is tileable along it.
         mask: leave out windows without tissue (cells of the grid that are not valid): they become
             glass, and cost nothing. Without it the model paints them.
@@ -147,7 +150,7 @@ def synthesize(
     cells = opened_grid(grid)
     loaded = loaded_model(model, device, dtype)
     cells.check_for(wanted_grid(loaded, cells))
-    geometry = Geometry(stride, decode_stride, wrap, mask)
+    geometry = Geometry(stride, decode_stride, decoder, wrap, mask)
     plan = Plan.make(loaded, cells, chosen, seed, geometry, batch_size)
     callback = _with_preview(callback_on_step_end, preview, plan)
     recipe = plan.recipe()
@@ -177,7 +180,7 @@ def synthesize(
             seed, order=order, state=states, resume=resume, callback=callback, progress=progress
         )
         denoised = time.perf_counter()
-        for band in plan.decode(canvas, progress):
+        for band in plan.decode([canvas], progress):
             writer.write_rows(band)
     seconds = {"denoise": denoised - start, "decode and write": time.perf_counter() - denoised}
     made = (Path(out), plan.size_px, plan.mpp, seconds, recipe, seed)

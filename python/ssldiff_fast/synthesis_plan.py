@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ssldiff_fast._checks import check_choice, check_count, check_number
-from ssldiff_fast.canvas.decode import Pixels, decode_overlapped
+from ssldiff_fast.canvas.decode import DecodeSettings, RowDecoder, open_decoder
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser
 from ssldiff_fast.canvas.field import GridField
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
@@ -24,6 +24,7 @@ from ssldiff_fast.canvas.noise import canvas_noise
 from ssldiff_fast.canvas.presets import Preset, get_preset
 from ssldiff_fast.canvas.sampler import StepCallback, sample
 from ssldiff_fast.canvas.state import StateFolder
+from ssldiff_fast.canvas.tile_decoder import Pixels
 from ssldiff_fast.encoders.spec import EncoderSpec
 from ssldiff_fast.models.conditioner import PatchRegionConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
@@ -43,13 +44,15 @@ class Geometry:
 
     Attributes:
         stride: of regular windows in latents, in place of the preset's own.
-        decode_stride: of the decoder's tiles, likewise.
+        decode_stride: of the reference decoder's tiles, likewise.
+        decoder: "reference", "global" or "local", in place of the preset's own.
         wrap: along which axes the image is tileable: None, "x", "y" or "both".
         mask: whether windows without tissue are left out.
     """
 
     stride: int | tuple[int, int] | None = None
     decode_stride: int | tuple[int, int] | None = None
+    decoder: str | None = None
     wrap: str | None = None
     mask: bool = False
 
@@ -122,7 +125,7 @@ class Plan:
     preset: Preset
     geometry: Geometry
     canvas_denoiser: CanvasDenoiser
-    decode_stride: tuple[int, int]
+    decode_settings: DecodeSettings
     batch_size: int
 
     @classmethod
@@ -159,7 +162,13 @@ class Plan:
             background=glass_latent(model) if masked else None,
         )
         geometry = dataclasses.replace(geometry, stride=stride, mask=masked)
-        return cls(model, grid, preset, geometry, denoiser, tiles, batch_size)
+        decode = DecodeSettings(
+            geometry.decoder or preset.decoder,
+            stride=tiles,
+            weights=preset.decode_weights,
+            batch_size=_tiles_at_once(model, batch_size),
+        )
+        return cls(model, grid, preset, geometry, denoiser, decode, batch_size)
 
     @property
     def _factor(self) -> int:
@@ -170,12 +179,6 @@ class Plan:
         """(width, height) of the image."""
         height, width = self.canvas_denoiser.size
         return width * self._factor, height * self._factor
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of one call of the decoder, at most."""
-        on_cpu = next(self.model.vae.parameters()).device.type == "cpu"
-        return min(self.batch_size, CPU_TILES) if on_cpu else self.batch_size
 
     @property
     def mpp(self) -> float:
@@ -205,9 +208,8 @@ class Plan:
             "wrap": self.geometry.wrap,
             "mask": self.geometry.mask,
             "preset": dataclasses.asdict(self.preset),
-            "decode_stride": list(self.decode_stride),
+            "decode": dataclasses.asdict(self.decode_settings),
             "batch_size": self.batch_size,
-            "decode_batch_size": self.tiles,
             "dtype": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
         }
 
@@ -249,31 +251,41 @@ class Plan:
         counts = [self.canvas_denoiser.evaluations(n, t) for n, t in enumerate(times)]
         return sum(done for done, _ in counts), sum(saved for _, saved in counts)
 
-    def decode(self, canvas: Tensor, progress: bool) -> Iterator[Pixels]:
-        """Bands of pixel rows."""
-        pads = [h * wraps for h, wraps in zip(self.model.window, self.geometry.wraps)]
-        bands = decode_overlapped(
-            self.model,
-            _continued(canvas, pads),
-            stride=self.decode_stride,
-            weights=self.preset.decode_weights,
-            batch_size=self.tiles,
-            progress=progress,
-        )
-        top, left = (pad * self._factor for pad in pads)
-        return _cropped(bands, top, left, *reversed(self.size_px))
+    def decoder(self) -> RowDecoder:
+        """What makes pixels of the canvas, continued round its ends where it is tileable."""
+        size = [side + 2 * pad for side, pad in zip(self.canvas_denoiser.size, self._pads)]
+        return open_decoder(self.model, (size[0], size[1]), self.decode_settings)
+
+    def decode(self, bands: Iterable[Tensor], progress: bool) -> Iterator[Pixels]:
+        """Bands of pixel rows of bands [C, n, W] of the canvas."""
+        decoded = self.decoder().decode(_continued(bands, self._pads), progress=progress)
+        top, left = (pad * self._factor for pad in self._pads)
+        return _cropped(decoded, top, left, *reversed(self.size_px))
+
+    @property
+    def _pads(self) -> tuple[int, int]:
+        """Latents (y, x) that are decoded round the ends on either side, so that tiles match."""
+        h, w = (side * wraps for side, wraps in zip(self.model.window, self.geometry.wraps))
+        return h, w
 
 
 def _continued(
-    canvas: Tensor,  # [C, H, W]
-    pads: list[int],
-) -> Tensor:
-    """A canvas that goes on round its ends, so that the decoder's tiles match there too."""
-    for axis, pad in enumerate(pads, start=1):
-        if pad:
-            index = torch.arange(-pad, canvas.shape[axis] + pad) % canvas.shape[axis]
-            canvas = canvas.index_select(axis, index.to(canvas.device))
-    return canvas
+    bands: Iterable[Tensor],  # [C, n, W]
+    pads: tuple[int, int],
+) -> Iterator[Tensor]:
+    """A canvas that goes on round its ends."""
+    if pads[0]:
+        canvas = torch.cat(list(bands), dim=1)
+        index = torch.arange(-pads[0], canvas.shape[1] + pads[0]) % canvas.shape[1]
+        bands = [canvas.index_select(1, index.to(canvas.device))]
+    for band in bands:
+        index = torch.arange(-pads[1], band.shape[2] + pads[1]) % band.shape[2]
+        yield band.index_select(2, index.to(band.device)) if pads[1] else band
+
+
+def _tiles_at_once(model: LatentDiffusion, batch_size: int) -> int:
+    on_cpu = next(model.vae.parameters()).device.type == "cpu"
+    return min(batch_size, CPU_TILES) if on_cpu else batch_size
 
 
 def _cropped(

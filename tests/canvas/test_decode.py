@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from golden_inputs import VQ_SMALL, fill, golden_input, golden_output
-from ssldiff_fast.canvas import canvas_noise, decode_image, decode_overlapped
+from ssldiff_fast.canvas import canvas_noise, decode_image, decode_rows
 from ssldiff_fast.models.autoencoder import VQModel
 from tiny_models import tiny_model
 
@@ -56,7 +56,7 @@ def test_bands_come_from_top_to_bottom_and_do_not_change_the_bytes() -> None:
     options: dict[str, Any] = {"stride": 3, "window": (8, 8)}
     whole = decode_image(enlarge, latent, **options)
     for held in (1, 4):
-        bands = list(decode_overlapped(enlarge, latent, rows_held=held, **options))
+        bands = list(decode_rows(enlarge, [latent], (37, 21), rows_held=held, **options))
         assert len(bands) > 2
         assert np.array_equal(np.concatenate(bands), whole)
 
@@ -69,9 +69,8 @@ def test_the_first_rows_are_finished_before_the_last_are_decoded() -> None:
         calls += 1
         return enlarge(tiles)
 
-    bands = decode_overlapped(
-        counted, canvas_noise(0, 3, 80, 8), stride=8, window=(8, 8), rows_held=1
-    )
+    latents = canvas_noise(0, 3, 80, 8).split(7, dim=1)
+    bands = decode_rows(counted, latents, (80, 8), stride=8, window=(8, 8), rows_held=1)
     assert calls == 0
     assert next(bands).shape == (32, 32, 3)
     assert calls <= 2

@@ -7,6 +7,7 @@ are their users' choice.
 
 from ssldiff_fast.adapters.compvis import CompVisDenoiser, from_compvis
 from ssldiff_fast.adapters.diffusers import DiffusersDenoiser, from_diffusers
+from ssldiff_fast.adapters.first_stage import FirstStage, first_stage_from_diffusers
 from ssldiff_fast.adapters.kdiffusion import DenoisedPrediction, KDiffusionDenoiser, from_kdiffusion
 from ssldiff_fast.adapters.network import NetworkDenoiser
 from ssldiff_fast.adapters.schedulers import check_scheduler
@@ -15,9 +16,11 @@ __all__ = [
     "CompVisDenoiser",
     "DenoisedPrediction",
     "DiffusersDenoiser",
+    "FirstStage",
     "KDiffusionDenoiser",
     "NetworkDenoiser",
     "check_scheduler",
+    "first_stage_from_diffusers",
     "from_compvis",
     "from_diffusers",
     "from_kdiffusion",

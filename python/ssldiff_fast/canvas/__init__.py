@@ -2,7 +2,7 @@
 """Large images: windows, the field, noise by coordinate, the sampler and tile decoding."""
 
 from ssldiff_fast.canvas.conditioning import Conditioning
-from ssldiff_fast.canvas.decode import decode_image, decode_overlapped
+from ssldiff_fast.canvas.decode import DecodeSettings, decode_image, decode_rows, open_decoder
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser, WindowDenoiser
 from ssldiff_fast.canvas.field import GridField, PromptField
 from ssldiff_fast.canvas.interrupt import Interrupted
@@ -22,6 +22,7 @@ __all__ = [
     "PRESETS",
     "CanvasDenoiser",
     "Conditioning",
+    "DecodeSettings",
     "GridField",
     "Interrupted",
     "LDMDenoiser",
@@ -36,8 +37,9 @@ __all__ = [
     "WindowPlan",
     "canvas_noise",
     "decode_image",
-    "decode_overlapped",
+    "decode_rows",
     "get_preset",
+    "open_decoder",
     "sample",
     "sample_rows",
 ]

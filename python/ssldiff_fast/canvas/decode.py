@@ -1,156 +1,192 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The published overlapped decode, as a stream of finished pixel rows.
-
-An autoencoder trained on patches decodes patches: window-sized tiles, each with its own GroupNorm
-statistics and attention, are blended by a Gaussian, and the result is cut off (not rounded) to
-eight bits.
-"""
+"""From a canvas to pixels: three decoders, one interface, rows in and rows out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ssldiff_fast._checks import check_choice, check_finite, check_positive, check_shape
-from ssldiff_fast.canvas.bands import blend_window_rows, crop_windows, micro_batches
-from ssldiff_fast.ops.window_plan import WEIGHTS, WindowPlan
+from ssldiff_fast._checks import check_choice, check_count, check_shape
+from ssldiff_fast.canvas.decode_global import GlobalDecoder
+from ssldiff_fast.canvas.decode_local import LocalDecoder
+from ssldiff_fast.canvas.decode_overlapped import OverlappedDecoder
+from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder
+from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
+from ssldiff_fast.models.local_autoencoder import Statistics, receptive_halo
+from ssldiff_fast.ops import WindowPlan
+from ssldiff_fast.ops.window_plan import WEIGHTS
 
-Pixels = npt.NDArray[np.uint8]
-DecodeTiles = Callable[[Tensor], Tensor]  # [B, C, h, w] -> [B, 3, h * f, w * f] in [-1, 1]
+_CALL = "decode"
+DECODERS = ("reference", "global", "local")
 
 
-def decode_overlapped(
-    model: Any,
-    latent: Tensor,  # [C, H, W] fp32
-    *,
-    stride: int | tuple[int, int],
-    window: tuple[int, int] | None = None,
-    weights: str = "gaussian",
-    batch_size: int = 8,
-    rows_held: int | None = None,
-    progress: bool = False,
-) -> Iterator[Pixels]:
-    """Decode a canvas tile by tile into bands of pixel rows, from top to bottom.
+class RowDecoder(Protocol):
+    """Rows of latents in, rows of pixels out, from top to bottom."""
+
+    def first_latent(self, row: int) -> int:
+        """The first row of latents that the image is made of from row `row` of latents down."""
+        ...
+
+    def decode(
+        self, bands: Iterable[Tensor], *, begin: int = 0, progress: bool = False
+    ) -> Iterator[Pixels]:
+        """Bands [rows, W * f, 3] uint8 of pixels, from the first that belongs to latent row `begin`
+        down, of bands [C, n, W] of the canvas from row `first_latent(begin)` down."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How a canvas becomes pixels; belongs to the recipe.
 
     Args:
-        model: A `LatentDiffusion`, an autoencoder with `decode`, or any callable from tiles
-            [B, C, h, w] to images [B, 3, h * f, w * f] in [-1, 1].
-        latent: The canvas.
-        stride: Distance between tiles in latents; the published notebook has window / 4.
-        window: (h, w) of a tile in latents; the model's own unless given.
-        weights: Weights of a tile's pixels in the blend. The published "gaussian" is still 0.21
-            at a tile's edge, where its convolutions saw zeros for neighbours: half-overlapping
-            tiles leave a faint line there, which "hann", zero at the edge, does not.
-        batch_size: Tiles of one call of the decoder, at most; belongs to the recipe.
-        rows_held: Tile rows gathered before they are blended; changes memory, not the result.
-        progress: Show a progress bar.
-
-    Returns:
-        An iterator of [rows, W * f, 3] uint8 arrays which together are the image.
+        decoder: "reference" (the published overlapped decode), "global" (what one decode of the
+            whole canvas would give) or "local" (disjoint tiles with a halo and fixed statistics).
+        stride: distance (y, x) between tiles of the reference, in latents; the published notebook
+            has a quarter window. None: that.
+        weights: weights of a tile's pixels in the reference's blend, by name.
+        tile: side of the local decoder's tiles without their halo, in latents; None: its own.
+        batch_size: tiles of one call of the network, at most.
     """
-    call = "decode_overlapped"
-    check_shape("latent", latent, "C H W", call=call)
-    check_finite("latent", latent, call=call)
-    check_positive("batch_size", batch_size, call=call)
-    check_choice("weights", weights, WEIGHTS, call=call)
-    if window is None:
-        window = getattr(model, "window", None)
-        if window is None:
-            raise ValueError(
-                f"{call}: window is None, but this model has no window of its own; pass (h, w)."
+
+    decoder: str = "reference"
+    stride: int | tuple[int, int] | None = None
+    weights: str = "gaussian"
+    tile: int | None = None
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        check_choice("decoder", self.decoder, DECODERS, call=_CALL)
+        check_choice("weights", self.weights, WEIGHTS, call=_CALL)
+        check_count("batch_size", self.batch_size, call=_CALL)
+        if self.tile is not None:
+            check_count("tile", self.tile, call=_CALL)
+
+
+def open_decoder(
+    model: Any,
+    size: tuple[int, int],
+    settings: DecodeSettings | None = None,
+    *,
+    window: tuple[int, int] | None = None,
+    statistics: Statistics | None = None,
+    scratch: Path | None = None,
+    rows_held: int | None = None,
+) -> RowDecoder:
+    """The decoder of a canvas.
+
+    Args:
+        model: a `LatentDiffusion`, an autoencoder, what `sf.adapters.first_stage_from_diffusers`
+            returns, or (for the reference) any callable from tiles [B, C, h, w] to images
+            [B, 3, h * f, w * f] in [-1, 1].
+        size: (H, W) of the canvas in latents.
+        settings: which decoder, and how; the reference without them.
+        window: (h, w) of a tile of the reference in latents; the model's own unless given.
+        statistics: of the local decoder's norms, as `measure_statistics` returns them; the model's
+            own, or else measured on the first rows of the canvas.
+        scratch: folder for what the global decoder cannot hold in memory.
+        rows_held: tile rows of the reference that are gathered before they are blended; changes
+            memory, not the result.
+
+    Raises:
+        TypeError: the model cannot decode, or not in this way.
+        ValueError: a canvas smaller than a tile, or too large to be decoded at once.
+    """
+    chosen = settings or DecodeSettings()
+    tiles = TileDecoder(model, call=_CALL)
+    if chosen.decoder == "reference":
+        plan = _tiles(size, chosen.stride, _window(model, window))
+        return OverlappedDecoder(
+            tiles,
+            plan,
+            weights=chosen.weights,
+            batch_size=chosen.batch_size,
+            rows_held=rows_held,
+        )
+    if chosen.decoder == "global":
+        if not isinstance(tiles.vae, VQModel | AutoencoderKL):
+            raise TypeError(
+                f"{_CALL}: the global decoder runs the layers of a VQModel or AutoencoderKL of "
+                f"ours, but the model has a {type(tiles.vae).__name__}; see "
+                "sf.adapters.first_stage_from_diffusers, or use another decoder."
             )
-    plan = WindowPlan.regular(latent.shape[1], latent.shape[2], window, stride)
-    return _bands(_tile_decoder(model), latent, plan, weights, batch_size, rows_held, progress)
+        return GlobalDecoder(tiles, size, scratch=scratch)
+    if not isinstance(tiles.vae, torch.nn.Module):
+        raise TypeError(
+            f"{_CALL}: the local decoder fixes statistics within an autoencoder, but model is a "
+            f"{type(model).__name__}; pass a LatentDiffusion or an autoencoder, or use the "
+            "reference decoder."
+        )
+    window = _window(model, window)
+    return LocalDecoder(
+        tiles,
+        size,
+        window=window,
+        halo=receptive_halo(tiles.vae, _latent_channels(tiles.vae)),
+        tile=chosen.tile or 2 * max(window),
+        batch_size=chosen.batch_size,
+        statistics=statistics,
+    )
+
+
+def decode_rows(
+    model: Any,
+    bands: Iterable[Tensor],
+    size: tuple[int, int],
+    *,
+    progress: bool = False,
+    **options: Any,
+) -> Iterator[Pixels]:
+    """Bands [rows, W * f, 3] uint8 of pixels of the bands [C, n, W] of a canvas.
+
+    Args:
+        model, size: as `open_decoder` takes them.
+        bands: the canvas from top to bottom, fp32.
+        progress: show a progress bar.
+        options: of `DecodeSettings`, and those of `open_decoder`.
+    """
+    names = {field.name for field in dataclasses.fields(DecodeSettings)}
+    chosen = {name: value for name, value in options.items() if name in names}
+    others = {name: value for name, value in options.items() if name not in names}
+    decoder = open_decoder(model, size, DecodeSettings(**chosen), **others)
+    return decoder.decode(bands, progress=progress)
 
 
 def decode_image(model: Any, latent: Tensor, **options: Any) -> Pixels:
-    """The whole image of `decode_overlapped`, with its arguments: [H * f, W * f, 3] uint8."""
-    return np.concatenate(list(decode_overlapped(model, latent, **options)))
+    """The whole image [H * f, W * f, 3] uint8 of a canvas [C, H, W]; options as `decode_rows`."""
+    check_shape("latent", latent, "C H W", call=_CALL)
+    size = int(latent.shape[1]), int(latent.shape[2])
+    return np.concatenate(list(decode_rows(model, [latent], size, **options)))
 
 
-def _tile_decoder(model: Any) -> DecodeTiles:
-    names = [name for name in ("from_latent", "decode") if hasattr(model, name)]
-    if not names and not callable(model):
-        raise TypeError(
-            f"decode_overlapped: model is a {type(model).__name__}, which cannot decode; pass a "
-            "LatentDiffusion, an autoencoder or a callable from latents to images."
+def _window(model: Any, window: tuple[int, int] | None) -> tuple[int, int]:
+    window = getattr(model, "window", None) if window is None else window
+    if window is None:
+        raise ValueError(
+            f"{_CALL}: window is None, but this model has no window of its own; pass (h, w)."
         )
-    decode: DecodeTiles = getattr(model, names[0]) if names else model
-    # Of a whole model the autoencoder alone: its U-Net may be in another precision.
-    decoder = getattr(model, "vae", model)
-    parameter = next(decoder.parameters(), None) if isinstance(decoder, torch.nn.Module) else None
-    if parameter is None:
-        return decode
-    device, dtype = parameter.device, parameter.dtype
-    return lambda tiles: decode(tiles.to(device, dtype))
+    return window
 
 
-def _bands(
-    decode: DecodeTiles,
-    latent: Tensor,
-    plan: WindowPlan,
-    weights: str,
-    batch_size: int,
-    rows_held: int | None,
-    progress: bool,
-) -> Iterator[Pixels]:
-    with tqdm(total=len(plan), desc="decoding", unit="tile", disable=not progress) as bar:
-        first = _tile_row(decode, latent, plan, 0, batch_size)
-        bar.update(len(plan.origins_x))
-        factor = _factor(first, plan)
-
-        def rows() -> Iterator[Tensor]:
-            yield first
-            for row in range(1, len(plan.origins_y)):
-                yield _tile_row(decode, latent, plan, row, batch_size)
-                bar.update(len(plan.origins_x))
-
-        weight_y, weight_x = (WEIGHTS[weights](size * factor) for size in plan.window)
-        pixels = plan.scaled(factor, weight_y, weight_x)
-        for band in blend_window_rows(pixels, rows(), rows_held=rows_held):
-            yield _to_bytes(band)
+def _tiles(
+    size: tuple[int, int],
+    stride: int | tuple[int, int] | None,
+    window: tuple[int, int],
+) -> WindowPlan:
+    if stride is None:
+        stride = max(1, window[0] // 4), max(1, window[1] // 4)
+    return WindowPlan.regular(*size, window, stride)
 
 
-def _tile_row(
-    decode: DecodeTiles, latent: Tensor, plan: WindowPlan, row: int, batch_size: int
-) -> Tensor:
-    """One row of tiles, decoded: [Q, 3, h * f, w * f] fp32."""
-    count = len(plan.origins_x)
-    with torch.no_grad():
-        tiles = [
-            decode(crop_windows(latent, plan, row, columns)).float()
-            for columns in micro_batches(count, batch_size)
-        ]
-    decoded = torch.cat(tiles)[:count]
-    finite = torch.isfinite(decoded).flatten(1).all(1)
-    if not bool(finite.all()):
-        column = int((~finite).nonzero()[0])
-        raise RuntimeError(
-            "decode_overlapped: the decoded image became NaN or infinite in the tile with origin "
-            f"({plan.origins_y[row]}, {plan.origins_x[column]}); decode in float32."
-        )
-    return decoded
-
-
-def _factor(decoded: Tensor, plan: WindowPlan) -> int:
-    height, width = decoded.shape[-2:]
-    factor = int(height) // plan.window[0]
-    if (height, width) != (plan.window[0] * factor, plan.window[1] * factor) or factor < 1:
-        raise RuntimeError(
-            f"decode_overlapped: a tile of {plan.window} latents was decoded to {height} x {width} "
-            "pixels, but a whole multiple of the tile was expected; use the model's own decoder."
-        )
-    return factor
-
-
-def _to_bytes(image: Tensor) -> Pixels:
-    """[3, n, W] in [-1, 1] -> [n, W, 3] uint8, cut off as the published code does."""
-    scaled = ((image + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0
-    pixels: Pixels = scaled.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
-    return pixels
+def _latent_channels(vae: Any) -> int:
+    if isinstance(vae, VQModel | AutoencoderKL):
+        return vae.embed_dim
+    first = next(p for p in vae.decoder.parameters() if p.dim() == 4)
+    return int(first.shape[1])

@@ -25,8 +25,9 @@ class Preset:
             Not used where `shifted`.
         weights: Window weights in the average.
         interpolation: How the field interpolates the grid.
-        decode_overlap: Tiles that cover a latent along each axis of the decode.
+        decode_overlap: Tiles that cover a latent along each axis of the reference decode.
         decode_weights: Weights of a tile's pixels in the decode's blend.
+        decoder: Which decoder makes the pixels: "reference", "global" or "local".
         spacing: Spacing of the timesteps.
         guidance_interval: (low, high) in t outside of which there is no guidance; None: everywhere.
         overlapped_steps: Last steps in which shifted windows overlap by a quarter, so that their
@@ -44,6 +45,7 @@ class Preset:
     interpolation: str
     decode_overlap: int
     decode_weights: str = "gaussian"
+    decoder: str = "reference"
     spacing: str = "trailing"
     overlapped_steps: int = 0
     guidance_interval: tuple[float, float] | None = None

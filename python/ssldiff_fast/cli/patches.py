@@ -12,6 +12,7 @@ import click
 _IMAGES_ONLY = (
     "stride",
     "decode_stride",
+    "decoder",
     "codec",
     "crs",
     "transform",

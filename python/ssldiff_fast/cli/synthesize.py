@@ -45,7 +45,12 @@ if TYPE_CHECKING:
 )
 @click.option("--eta", type=float, help="Share of fresh noise in each step of DDIM.")
 @click.option("--stride", type=int, help="Stride of the windows in latents.")
-@click.option("--decode-stride", type=int, help="Stride of the decoder's tiles in latents.")
+@click.option(
+    "--decoder",
+    type=click.Choice(["reference", "local", "global"]),
+    help="Overlapping tiles as published, disjoint tiles with a halo, or the whole at once.",
+)
+@click.option("--decode-stride", type=int, help="Stride of the reference decoder's tiles.")
 @click.option("--wrap", type=click.Choice(["x", "y", "both"]), help="Tileable along it.")
 @click.option("--mask/--no-mask", help="Leave out windows without tissue: glass at no cost.")
 @click.option("--order", type=click.Choice(ORDERS), default="plain", show_default=True)
@@ -87,6 +92,7 @@ def command(
     guidance_interval: tuple[float, float] | None,
     eta: float | None,
     stride: int | None,
+    decoder: str | None,
     decode_stride: int | None,
     wrap: str | None,
     mask: bool,
@@ -111,6 +117,7 @@ def command(
     """
     given = {
         "stride": stride,
+        "decoder": decoder,
         "decode_stride": decode_stride,
         "codec": codec,
         "crs": crs,
@@ -160,6 +167,7 @@ def command(
         eta=eta,
         stride=stride,
         decode_stride=decode_stride,
+        decoder=decoder,
         wrap=wrap,
         mask=mask,
         order=order,

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disjoint tiles with a halo: each latent is decoded about once, and tiles fit without a blend."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ssldiff_fast.canvas.row_buffer import RowBuffer
+from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder, to_bytes
+from ssldiff_fast.models.local_autoencoder import (
+    Statistics,
+    local_autoencoder,
+    measure_statistics,
+)
+
+_CALL = "decode"
+# Windows that statistics are measured on.
+_SAMPLES = 16
+
+
+class LocalDecoder:
+    """Tiles side by side, each decoded with its surroundings, of which its own part is kept.
+
+    With fixed statistics and a halo of the network's receptive field, a tile's pixels are what
+    convolutions of the whole canvas would give; attention sees the tile and its halo.
+
+    Args:
+        tiles: the decoder of the model as it is.
+        size: (H, W) of the canvas in latents.
+        window: (h, w) of what the autoencoder was trained on, in latents: attention is kept within
+            such windows, and statistics are measured on them.
+        halo: latents decoded around a tile and thrown away; see `receptive_halo`.
+        tile: side of a tile without its halo, in latents.
+        batch_size: tiles of one call, at most; belongs to the recipe.
+        statistics: of the norms; measured on windows of the first rows of tiles without them.
+    """
+
+    def __init__(
+        self,
+        tiles: TileDecoder,
+        size: tuple[int, int],
+        *,
+        window: tuple[int, int],
+        halo: int,
+        tile: int,
+        batch_size: int,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self._own = tiles
+        self._size = size
+        self._window = window
+        self.tile = tile
+        self.halo = halo
+        self._batch_size = batch_size
+        self._tiles: TileDecoder | None = None
+        self.statistics: Statistics | None = None
+        if statistics is not None:
+            self._fix(statistics)
+
+    def _fix(self, statistics: Statistics) -> None:
+        self.statistics = statistics
+        vae = local_autoencoder(self._own.vae, statistics, self._window)
+        self._tiles = self._own.with_vae(vae)
+
+    def _measure(self, latents: Tensor) -> None:
+        """Fix the statistics of windows spread over [C, n, W] latents."""
+        sides = [min(side, size) for side, size in zip(self._window, latents.shape[1:])]
+        room = [size - side for side, size in zip(sides, latents.shape[1:])]
+        shares = [(number / max(1, _SAMPLES - 1)) for number in range(_SAMPLES)]
+        # Along the diagonal of the band, there and back, so that all of its height is seen.
+        origins = {
+            (int(room[0] * abs(1 - 2 * (3 * share % 1))), int(room[1] * share)) for share in shares
+        }
+        windows = [latents[:, y : y + sides[0], x : x + sides[1]] for y, x in sorted(origins)]
+        parameter = next(self._own.vae.parameters())
+        inputs = self._own.unscaled(torch.stack(windows)).to(parameter.device, parameter.dtype)
+        self._fix(measure_statistics(self._own.vae, self._own.vae.decode, inputs))
+
+    def first_latent(self, row: int) -> int:
+        """The first row of latents that the image is made of from row `row` of latents down."""
+        return max(0, row // self.tile * self.tile - self.halo)
+
+    def decode(
+        self, bands: Iterable[Tensor], *, begin: int = 0, progress: bool = False
+    ) -> Iterator[Pixels]:
+        """Bands [rows, W * f, 3] uint8, from latent row `begin` down.
+
+        Args:
+            bands: [C, n, W] fp32 each, the canvas from row `first_latent(begin)` on.
+            begin: first row of latents whose pixels are wanted.
+            progress: show a progress bar.
+
+        Raises:
+            ValueError: `begin` is not 0 and no statistics are known: those of other rows would
+                give other pixels.
+        """
+        if begin and self.statistics is None:
+            raise ValueError(
+                f"{_CALL}: begin is {begin}, but the local decoder has no statistics yet; pass "
+                "those that the first rows were decoded with."
+            )
+        height, width = self._size
+        buffer = RowBuffer(bands, height, width, begin=self.first_latent(begin), call=_CALL)
+        tops = range(begin // self.tile * self.tile, height, self.tile)
+        total = len(tops) * -(-width // self.tile)
+        with tqdm(total=total, desc="decoding", unit="tile", disable=not progress) as bar:
+            for top in tops:
+                region = _Span.around(top, self.tile, self.halo, height)
+                buffer.forget(region.begin)
+                latents = buffer.upto(region.end)[:, : region.end - buffer.begin]
+                if self._tiles is None:
+                    self._measure(latents)
+                band = self._row(latents, region, bar)
+                factor = len(band) // region.kept
+                yield band[max(0, begin - top) * factor :]
+
+    def _row(self, latents: Tensor, rows: _Span, bar: tqdm) -> Pixels:
+        """One row of tiles: [kept * f, W * f, 3]."""
+        width = self._size[1]
+        spans = [
+            _Span.around(left, self.tile, self.halo, width) for left in range(0, width, self.tile)
+        ]
+        made: list[Pixels] = []
+        # Tiles of one shape go through the network together: all but those at the two ends.
+        for _, group in itertools.groupby(spans, lambda span: (span.end - span.begin, span.before)):
+            members = list(group)
+            for first in range(0, len(members), self._batch_size):
+                part = members[first : first + self._batch_size]
+                made += self._decode(latents, rows, part)
+                bar.update(len(part))
+        return np.concatenate(made, axis=1)
+
+    def _decode(self, latents: Tensor, rows: _Span, spans: list[_Span]) -> list[Pixels]:
+        regions = torch.stack([latents[:, :, span.begin : span.end] for span in spans])
+        assert self._tiles is not None
+        images = self._tiles(regions, [(rows.top, span.top) for span in spans])
+        factor = images.shape[-1] // regions.shape[-1]
+        if images.shape[-2:] != tuple(size * factor for size in regions.shape[-2:]) or factor < 1:
+            raise RuntimeError(
+                f"{_CALL}: a tile of {list(regions.shape[-2:])} latents was decoded to "
+                f"{list(images.shape[-2:])} pixels, but a whole multiple of the tile was "
+                "expected; use the model's own decoder."
+            )
+        y, x = rows.pixels(factor), [span.pixels(factor) for span in spans]
+        return [to_bytes(image[:, y, here]) for image, here in zip(images, x)]
+
+
+class _Span:
+    """A tile along one axis: what is decoded, [begin, end), and what of it is kept."""
+
+    def __init__(self, top: int, begin: int, end: int, kept: int) -> None:
+        self.top, self.begin, self.end, self.kept = top, begin, end, kept
+
+    @classmethod
+    def around(cls, top: int, tile: int, halo: int, size: int) -> _Span:
+        bottom = min(top + tile, size)
+        return cls(top, max(0, top - halo), min(bottom + halo, size), bottom - top)
+
+    @property
+    def before(self) -> int:
+        """Latents decoded before the first that is kept."""
+        return self.top - self.begin
+
+    def pixels(self, factor: int) -> slice:
+        """What is kept of the decoded pixels."""
+        return slice(self.before * factor, (self.before + self.kept) * factor)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An autoencoder for parts of a large canvas.
+
+Two things in an autoencoder see the whole of its input: GroupNorm, by its statistics, and
+attention. With given statistics, and attention within windows, a part of the canvas depends on what
+lies up to a halo around it, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
+from ssldiff_fast.models.autoencoder_blocks import AttnBlock
+from ssldiff_fast.models.group_norm import GroupNormSiLU
+from ssldiff_fast.ops import (
+    GroupNormStatistics,
+    WindowPlan,
+    gather_windows,
+    group_norm_statistics,
+    scatter_mean,
+)
+
+# Statistics of the norms, by the names of their modules.
+Statistics: TypeAlias = Mapping[str, GroupNormStatistics]
+
+# Sides of the inputs that the halo is looked for in, in latents.
+_SIDES = (40, 96, 192)
+# A ReLU may be shut on a path that another input opens.
+_TRIALS = 2
+
+
+class FixedGroupNorm(nn.Module):
+    """A norm whose statistics are given."""
+
+    def __init__(self, norm: GroupNormSiLU, statistics: GroupNormStatistics) -> None:
+        super().__init__()
+        self.norm = norm
+        self.statistics = statistics
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, ...]
+    ) -> Tensor:  # like x
+        return self.norm(x, statistics=self.statistics)
+
+
+class WindowedAttention(nn.Module):
+    """Attention of an `AttnBlock` within windows at half overlap, blended by Hann weights."""
+
+    def __init__(self, block: AttnBlock, window: tuple[int, int]) -> None:
+        super().__init__()
+        self.block = block
+        self.window = window
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+    ) -> Tensor:  # [B, C, H, W]
+        height, width = x.shape[-2:]
+        if height <= self.window[0] and width <= self.window[1]:
+            return self.block(x)
+        h, w = min(self.window[0], height), min(self.window[1], width)
+        plan = WindowPlan.regular(
+            height, width, (h, w), (max(1, h // 2), max(1, w // 2)), weights="hann"
+        )
+        block, normed = self.block, self.block.norm(x)
+        maps = torch.cat([conv(normed) for conv in (block.q, block.k, block.v)], dim=1)
+        blended = torch.stack([self._attended(sample, plan) for sample in maps])
+        return x + block.proj_out(blended.to(x.dtype))
+
+    def _attended(self, maps: Tensor, plan: WindowPlan) -> Tensor:
+        """[3 C, H, W], queries, keys and values, to the blended attention [C, H, W]."""
+        windows = gather_windows(maps, plan, torch.arange(len(plan)))
+        positions = windows.flatten(2).transpose(1, 2).contiguous()[:, None]
+        query, key, value = positions.chunk(3, dim=-1)
+        out = F.scaled_dot_product_attention(query, key, value)[:, 0]
+        return scatter_mean(out.transpose(1, 2).unflatten(2, plan.window), plan)
+
+
+@torch.no_grad()
+def measure_statistics(
+    network: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    inputs: Tensor,  # [N, C, h, w]
+) -> dict[str, GroupNormStatistics]:
+    """Statistics of every GroupNorm that a function of the network runs, over all inputs together.
+
+    Args:
+        network: the autoencoder; the names are those of its modules.
+        function: what is run, for example `network.decode`.
+        inputs: one call is made for each of the N.
+
+    Returns:
+        By name, [1, G] each, on the network's device.
+    """
+    parts: dict[str, list[GroupNormStatistics]] = {}
+
+    def note(name: str, norm: nn.Module, arguments: tuple[Any, ...]) -> None:
+        assert isinstance(norm, GroupNormSiLU)
+        parts.setdefault(name, []).append(group_norm_statistics(arguments[0], norm.num_groups))
+
+    handles = [
+        module.register_forward_pre_hook(functools.partial(note, name))
+        for name, module in network.named_modules()
+        if isinstance(module, GroupNormSiLU)
+    ]
+    try:
+        for one in inputs:
+            function(one[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: GroupNormStatistics.combine(given) for name, given in parts.items()}
+
+
+def local_autoencoder(
+    vae: nn.Module, statistics: Statistics, window: tuple[int, int] | None
+) -> nn.Module:
+    """An autoencoder with the same weights whose parts do not depend on what lies far away.
+
+    Args:
+        vae: the autoencoder; it is not changed.
+        statistics: of its norms, by name; those that are not named keep their own.
+        window: (h, w) of the windows that attention is kept within, in latents; None leaves
+            attention out altogether.
+    """
+    return _replaced(vae, "", statistics, window)
+
+
+def _replaced(
+    module: nn.Module, name: str, statistics: Statistics, window: tuple[int, int] | None
+) -> nn.Module:
+    if isinstance(module, GroupNormSiLU) and name in statistics:
+        return FixedGroupNorm(module, statistics[name])
+    # A shallow copy: the weights are the same tensors.
+    made: Any = copy.copy(module)
+    made._modules = {
+        child: part and _replaced(part, f"{name}.{child}".lstrip("."), statistics, window)
+        for child, part in module._modules.items()
+    }
+    if isinstance(module, AttnBlock):
+        return nn.Identity() if window is None else WindowedAttention(made, window)
+    return made
+
+
+def receptive_halo(vae: Any, channels: int) -> int:
+    """How far around a latent the latents lie that its pixels depend on: 17 for VQ-f4's decoder.
+
+    Found by tracing: with fixed statistics and without attention, the gradient of one latent's
+    pixels is not zero where they depend on the input. Only the build of the network matters, so a
+    `VQModel` or `AutoencoderKL` is traced with few channels.
+
+    Args:
+        vae: an autoencoder with `decode`.
+        channels: channels of its latents.
+
+    Raises:
+        ValueError: the network reaches further than a window could.
+    """
+    if not isinstance(vae, VQModel | AutoencoderKL):
+        return _traced(copy.deepcopy(vae).cpu().double().decode, channels)
+    kind = "kl" if isinstance(vae, AutoencoderKL) else "vq"
+    return _traced_build(kind, json.dumps(vae.config(), sort_keys=True), channels)
+
+
+def _traced(network: Callable[[Tensor], Tensor], channels: int) -> int:
+    generator = torch.Generator().manual_seed(0)
+    for side in _SIDES:
+        z = torch.randn(_TRIALS, channels, side, side, generator=generator, dtype=torch.float64)
+        reach = _reach(network, z)
+        if reach < side // 2 - 1:
+            return reach
+    raise ValueError(
+        f"receptive_halo: a latent's pixels depend on latents {_SIDES[-1] // 2} and more away; use "
+        "the reference decoder."
+    )
+
+
+@functools.lru_cache
+def _traced_build(kind: str, config: str, channels: int) -> int:
+    """Of a network of this build with few channels, without what sees the whole input."""
+    arguments = json.loads(config)
+    ddconfig = arguments["ddconfig"]
+    levels = len(ddconfig["ch_mult"])
+    thinned = {"ch": 32, "ch_mult": [1] * levels, "attn_resolutions": []}
+    arguments["ddconfig"] = {**ddconfig, **thinned}
+    generator = torch.Generator().manual_seed(0)
+    thin = {"vq": VQModel, "kl": AutoencoderKL}[kind](**arguments).double()
+    for parameter in thin.parameters():
+        width = parameter[0].numel() if parameter.dim() > 1 else 100
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.data = values / width**0.5
+    one = torch.ones(1, 32, dtype=torch.float64)
+    fixed = {
+        name: GroupNormStatistics.from_variance(torch.zeros_like(one), one)
+        for name, module in thin.named_modules()
+        if isinstance(module, GroupNormSiLU)
+    }
+    # Codes have no gradient; each latent has its own, so the halo is that of the decoder.
+    local: Any = local_autoencoder(thin, fixed, None)
+    return _traced(functools.partial(local.decode, quantize=False), channels)
+
+
+@torch.enable_grad()
+def _reach(decode: Callable[[Tensor], Tensor], z: Tensor) -> int:
+    """The farthest latent, along an axis, that the pixels of the middle one depend on."""
+    z.requires_grad_()
+    side, middle = z.shape[-1], z.shape[-1] // 2
+    image = decode(z)
+    factor = image.shape[-1] // side
+    here = slice(middle * factor, (middle + 1) * factor)
+    image[..., here, here].square().sum().backward()
+    assert z.grad is not None
+    touched = (z.grad != 0).any(0).any(0).nonzero() - middle
+    return int(touched.abs().max())

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The local decoder: disjoint tiles that fit together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from golden_inputs import VQ_SMALL, fill
+from ssldiff_fast.canvas import canvas_noise, decode_image, decode_rows, open_decoder
+from ssldiff_fast.canvas.decode import DecodeSettings
+from ssldiff_fast.canvas.decode_local import LocalDecoder
+from ssldiff_fast.canvas.tile_decoder import to_bytes
+from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
+from ssldiff_fast.models.local_autoencoder import (
+    local_autoencoder,
+    measure_statistics,
+    receptive_halo,
+)
+from tiny_models import tiny_model
+
+VQ_F4 = {"ch": 32, "ch_mult": [1, 2, 4], "num_res_blocks": 2, "z_channels": 3}
+SIZE = (45, 21)
+
+
+def vq(*, attention: bool = True) -> VQModel:
+    vae = fill(VQModel(**VQ_SMALL), "first_stage_model.").eval()
+    if not attention:
+        vae.decoder.mid.attn_1.proj_out.weight.data.zero_()
+    return vae
+
+
+def latent() -> Tensor:
+    return canvas_noise(0, 3, *SIZE)
+
+
+def statistics(vae: Any, side: int = 16) -> Any:
+    return measure_statistics(
+        vae, vae.decode, canvas_noise(1, 3, side, 4 * side).split(side, 2)[0][None]
+    )
+
+
+def test_the_halo_of_the_published_autoencoder_is_17() -> None:
+    assert receptive_halo(VQModel(ddconfig=VQ_F4, n_embed=8, embed_dim=3), 3) == 17
+
+
+def test_the_halo_follows_from_the_build_and_not_from_the_widths() -> None:
+    wide = VQModel(ddconfig={**VQ_F4, "ch": 64}, n_embed=8, embed_dim=3)
+    short = AutoencoderKL(
+        ddconfig={**VQ_F4, "num_res_blocks": 1, "double_z": True, "z_channels": 4}, embed_dim=4
+    )
+    assert receptive_halo(wide, 3) == 17
+    assert receptive_halo(short, 4) < 17
+
+
+@pytest.mark.parametrize("tile", [20, 64])
+def test_without_attention_tiles_are_parts_of_one_decode(tile: int) -> None:
+    vae = vq(attention=False)
+    fixed = statistics(vae)
+    with torch.no_grad():
+        whole = local_autoencoder(vae, fixed, (16, 16)).decode(latent()[None])[0]
+    image = decode_image(
+        vae, latent(), decoder="local", tile=tile, window=(16, 16), statistics=fixed
+    )
+    difference = np.abs(image.astype(int) - to_bytes(whole))
+    assert int(difference.max()) <= 1
+    assert float((difference > 0).mean()) < 1e-3
+
+
+def test_a_halo_that_is_one_too_small_shows() -> None:
+    vae = vq(attention=False).double()
+    fixed = measure_statistics(vae, vae.decode, canvas_noise(1, 3, 16, 16)[None].double())
+    network = local_autoencoder(vae, fixed, (16, 16))
+    z = latent()[None].double()
+    halo, factor = receptive_halo(vae, 3), vae.downsample_factor
+    with torch.no_grad():
+        whole = network.decode(z)
+        for less, equal in ((0, True), (1, False)):
+            begin = 30 - halo + less
+            part = network.decode(z[:, :, begin:])
+            kept = part[:, :, (30 - begin) * factor :]
+            same = torch.allclose(kept, whole[:, :, 30 * factor :], rtol=0, atol=1e-12)
+            assert same is equal
+
+
+def test_bands_of_latents_do_not_change_the_bytes() -> None:
+    vae = vq()
+    options: dict[str, Any] = {"decoder": "local", "tile": 16, "window": (16, 16)}
+    whole = decode_image(vae, latent(), **options)
+    bands = decode_rows(vae, latent().split(7, dim=1), SIZE, **options)
+    assert np.array_equal(np.concatenate(list(bands)), whole)
+
+
+@pytest.mark.parametrize("kind", ["reference", "local", "global"])
+@pytest.mark.parametrize("begin", [5, 16])
+def test_a_decode_that_goes_on_in_the_middle_gives_the_rest(kind: str, begin: int) -> None:
+    vae = vq()
+    fixed = statistics(vae) if kind == "local" else None
+    settings = DecodeSettings(kind, stride=8, tile=16)
+    whole = decode_image(
+        vae, latent(), decoder=kind, stride=8, tile=16, window=(16, 16), statistics=fixed
+    )
+    decoder = open_decoder(vae, SIZE, settings, window=(16, 16), statistics=fixed)
+    rest = latent()[:, decoder.first_latent(begin) :]
+    pixels = np.concatenate(list(decoder.decode(rest.split(5, dim=1), begin=begin)))
+    assert np.array_equal(pixels, whole[begin * vae.downsample_factor :])
+
+
+def test_statistics_are_measured_once_and_can_be_given_again() -> None:
+    vae = vq()
+    settings = DecodeSettings("local", tile=16)
+    first = open_decoder(vae, SIZE, settings, window=(16, 16))
+    assert isinstance(first, LocalDecoder)
+    with pytest.raises(ValueError, match="begin is 16, but the local decoder has no statistics"):
+        next(first.decode([latent()], begin=16))
+    whole = np.concatenate(list(first.decode([latent()])))
+    again = open_decoder(vae, SIZE, settings, window=(16, 16), statistics=first.statistics)
+    assert np.array_equal(np.concatenate(list(again.decode([latent()]))), whole)
+
+
+def test_a_model_decodes_locally_in_its_own_scale() -> None:
+    model = tiny_model()
+    canvas = canvas_noise(0, 3, 20, 24)
+    fixed = measure_statistics(model.vae, model.vae.decode, canvas[None, :, :8, :8])
+    by_model = decode_image(model, canvas, decoder="local", statistics=fixed)
+    by_vae = decode_image(
+        model.vae,
+        canvas / model.scale_factor,
+        decoder="local",
+        window=model.window,
+        statistics=fixed,
+    )
+    assert by_model.shape == (20 * model.downsample_factor, 24 * model.downsample_factor, 3)
+    assert np.array_equal(by_model, by_vae)
+
+
+def test_the_autoencoder_itself_is_not_changed() -> None:
+    vae = vq()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    kinds = [type(module) for module in vae.modules()]
+    decode_image(vae, latent(), decoder="local", tile=16, window=(16, 16))
+    assert [type(module) for module in vae.modules()] == kinds
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+
+
+def test_a_tile_that_overflows_in_half_precision_is_decoded_again() -> None:
+    class Narrow(torch.nn.Module):
+        """Overflows in float16 wherever the latent is 7."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(20000.0))
+
+        def decode(self, z: Tensor) -> Tensor:
+            image = torch.nn.functional.interpolate(z, scale_factor=2.0)
+            return image * self.gain / self.gain
+
+    narrow = Narrow().half()
+    z = torch.zeros(3, 16, 16)
+    z[:, 3, 3] = 7.0
+    image = decode_image(narrow, z, stride=8, window=(8, 8))
+    expected = decode_image(Narrow(), z, stride=8, window=(8, 8))
+    assert image.max() == 255
+    assert np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"decoder": "best"}, ValueError, "decoder is 'best', but it must be one of global, local"),
+        ({"decoder": "local", "tile": 0}, ValueError, "tile is 0"),
+        ({"decoder": "local", "window": None}, ValueError, "window is None"),
+        ({"decoder": "global", "model": lambda z: z}, TypeError, "global decoder runs the layers"),
+        ({"decoder": "local", "model": lambda z: z}, TypeError, "local decoder fixes statistics"),
+    ],
+)
+def test_bad_arguments_are_named(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    options = {"model": vq(), "window": (16, 16), **arguments}
+    with pytest.raises(error, match=message):
+        decode_image(options.pop("model"), latent(), **options)
+
+
+def test_a_canvas_too_large_for_its_attention_is_refused() -> None:
+    with pytest.raises(ValueError, match="the canvas is 600 x 600 latents, but the global way"):
+        open_decoder(vq(), (600, 600), DecodeSettings("global"))
+
+
+@pytest.mark.parametrize(
+    ("bands", "message"),
+    [
+        ([torch.zeros(3, 10, 21)], "the latents end at row 10, but the canvas has 45 rows"),
+        ([torch.zeros(3, 10, 9)], r"latent has shape \[3, 10, 9\]"),
+        ([torch.zeros(3, 60, 21)], "the latents have 60 rows or more, but the canvas has 45"),
+        ([torch.full((3, 45, 21), float("nan"))], "latent holds 2835 values that are NaN"),
+    ],
+)
+def test_wrong_rows_are_named(bands: list[Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(decode_rows(vq(), bands, SIZE, window=(16, 16)))

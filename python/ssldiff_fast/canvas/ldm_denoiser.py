@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from ssldiff_fast.models.ldm import LatentDiffusion
-    from ssldiff_fast.models.prepared import PreparedContext
+    from ssldiff_fast.models.prepared import PreparedContext, TimeVectors
 
 # Of prepared vectors, which are some twenty times the tokens: what was used last is kept. A window
 # set that is larger by itself is prepared batch by batch.
@@ -50,6 +50,8 @@ class LDMDenoiser:
             )
         self.model = model
         self.conditioner = model.conditioner
+        # Of the last timestep.
+        self._times: WeakKeyDictionary[LDMState, tuple[Any, TimeVectors]] = WeakKeyDictionary()
         # In the order of their last use; gone with the state that they belong to.
         self._prepared: WeakKeyDictionary[LDMState, _Vectors] = WeakKeyDictionary()
 
@@ -89,11 +91,23 @@ class LDMDenoiser:
     ) -> Tensor:
         """[2, B, C, h, w] conditional and unconditional, or [1, B, C, h, w] without guidance."""
         parameter = next(self.model.unet.parameters())
-        pair = 1 if state.uncond is None else 2
-        stacked = x.to(parameter.device, parameter.dtype).repeat(pair, 1, 1, 1)
-        time = torch.full((stacked.shape[0],), t, device=parameter.device)
-        output = self.model.unet(stacked, time, self._context(state, index))
-        return output.view(pair, x.shape[0], *output.shape[1:]).to(x.device)
+        windows = x.to(parameter.device, parameter.dtype)
+        context = self._context(state, index)
+        # Twice as many contexts as windows are guided pairs, which share what both have in common.
+        output = self.model.unet(windows, self._time(t, state), context)
+        return output.unflatten(0, (-1, x.shape[0])).to(x.device)
+
+    def _time(self, t: float, state: LDMState) -> Tensor | TimeVectors:
+        """What the U-Net takes for a timestep, made once for all batches of a step."""
+        parameter = next(self.model.unet.parameters())
+        time = torch.tensor(t, device=parameter.device)
+        if torch.is_grad_enabled():
+            return time
+        key = t, parameter.device, parameter.dtype
+        found = self._times.get(state)
+        if found is None or found[0] != key:
+            found = self._times[state] = key, self.model.unet.prepare_time(time)
+        return found[1]
 
     def _context(self, state: LDMState, index: Tensor) -> Tensor | PreparedContext:
         """What the U-Net takes for these windows, the guided pair one after the other."""

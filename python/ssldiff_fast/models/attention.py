@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext, TokenVectors
+from ssldiff_fast.models.products import attention, conv1x1, linear, widened
 from ssldiff_fast.ops import few_tokens, token_attention
 
 
@@ -40,8 +40,9 @@ class GEGLU(nn.Module):
         self,
         x: Tensor,  # [B, L, C]
     ) -> Tensor:  # [B, L, inner]
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        weights, biases = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        gate = linear(x, weights[1], biases[1], gelu=True)
+        return linear(x, weights[0], biases[0], multiply=gate)
 
 
 class FeedForward(nn.Module):
@@ -57,8 +58,15 @@ class FeedForward(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, L, C]
+        *,
+        add: Tensor | None = None,  # [B, L, C]
     ) -> Tensor:  # [B, L, C]
-        return self.net(x)
+        """The network of `x`, plus another tensor."""
+        *gated, out = self.net
+        for layer in gated:
+            x = layer(x)
+        assert isinstance(out, nn.Linear)  # for the type checker
+        return linear(x, out.weight, out.bias, add=add)
 
 
 class CrossAttention(nn.Module):
@@ -92,20 +100,27 @@ class CrossAttention(nn.Module):
         self,
         x: Tensor,  # [B, L, C]
         context: Tensor | None = None,  # [B, T, D]
+        *,
+        add: Tensor | None = None,  # [B, L, C]
     ) -> Tensor:  # [B, L, C]
+        """Attention of `x` to the context or itself, plus `add`."""
         source = x if context is None else context
-        return self.attend(x, self.to_k(source), self.to_v(source))
+        keys, values = (linear(source, to.weight) for to in (self.to_k, self.to_v))
+        return self.attend(x, keys, values, add=add)
 
     def attend(
         self,
         x: Tensor,  # [B, L, C]
         keys: Tensor,  # [B, T, heads * head_width], projected
         values: Tensor,  # [B, T, heads * head_width], projected
+        *,
+        add: Tensor | None = None,  # [B, L, C]
     ) -> Tensor:  # [B, L, C]
-        """Attention of `x` to keys and values that are projected already."""
-        query, key, value = (self.split_heads(y) for y in (self.to_q(x), keys, values))
-        out = F.scaled_dot_product_attention(query, key, value)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        """Attention of `x` to keys and values that are projected already, plus `add`."""
+        queries = linear(x, self.to_q.weight)
+        out = attention(*(self.split_heads(y) for y in (queries, keys, values)))
+        to_out = self._out()
+        return linear(out.transpose(1, 2).flatten(2), to_out.weight, to_out.bias, add=add)
 
     def absorb(
         self,
@@ -116,19 +131,22 @@ class CrossAttention(nn.Module):
 
         `norm` is the LayerNorm before it. For one token neither it nor W_q and W_k are read.
         """
-        value, out = self.to_v(context), self._out()
-        exact = torch.float64 if context.dtype == torch.float64 else torch.float32
+        out = self._out()
+        # Once for all timesteps, so in float32 whatever the network's own precision.
+        exact = torch.float64 if out.weight.dtype == torch.float64 else torch.float32
+        context = context.to(exact)
+        value = widened(self.to_v, context)
         if context.shape[1] == 1:
-            return TokenVectors(self.to_out(value)[:, 0].to(exact))
-        key = self.to_k(context).unflatten(-1, (self.heads, -1))
+            return TokenVectors(widened(out, value[:, 0]).to(exact))
+        key = widened(self.to_k, context).unflatten(-1, (self.heads, -1))
         # By head: what a key is in the space of LN(x), and what a value adds to x.
-        by_head = self.to_q.weight.unflatten(0, (self.heads, -1))
+        by_head = self.to_q.weight.to(exact).unflatten(0, (self.heads, -1))
         keys = torch.einsum("bthd,hdc->bhtc", key, by_head) / math.sqrt(self.head_width)
-        by_head = out.weight.unflatten(1, (self.heads, -1))
+        by_head = out.weight.to(exact).unflatten(1, (self.heads, -1))
         value = value.unflatten(-1, (self.heads, -1))
-        values = torch.einsum("bthd,chd->bhtc", value, by_head) + out.bias / self.heads
-        offsets = keys @ norm.bias
-        keys = keys * norm.weight
+        values = torch.einsum("bthd,chd->bhtc", value, by_head) + out.bias.to(exact) / self.heads
+        offsets = keys @ norm.bias.to(exact)
+        keys = keys * norm.weight.to(exact)
         return TokenVectors(*(y.flatten(1, 2).to(exact) for y in (values, keys, offsets)))
 
 
@@ -151,18 +169,21 @@ class BasicTransformerBlock(nn.Module):
         context: Tensor,  # [B, T, D]
     ) -> TokenVectors:
         """All that `forward` needs of the context, by the way that is faster for its tokens."""
-        attention, width = self.attn2, self.norm3.normalized_shape[0]
-        if few_tokens(width, attention.heads, context.shape[1], context.device.type):
-            return attention.absorb(context, self.norm2)
-        return TokenVectors(values=attention.to_v(context), keys=attention.to_k(context))
+        attn, width = self.attn2, self.norm3.normalized_shape[0]
+        if few_tokens(width, attn.heads, context.shape[1], context.device.type):
+            return attn.absorb(context, self.norm2)
+        context = context.to(attn.to_v.weight.dtype)
+        return TokenVectors(values=attn.to_v(context), keys=attn.to_k(context))
 
     def forward(
         self,
-        x: Tensor,  # [B, L, C]
+        x: Tensor,  # [B, L, C], or of a guided pair before the two differ [B / 2, L, C]
         context: Tensor | TokenVectors,  # [B, T, D], or prepared
     ) -> Tensor:  # [B, L, C]
         vectors = self.prepare(context) if isinstance(context, Tensor) else context
-        x = x + self.attn1(self.norm1(x))
+        x = self.attn1(self.norm1(x), add=x)
+        if len(vectors.values) != len(x):
+            x = x.repeat(2, 1, 1)
         if vectors.keys is None or vectors.offsets is not None:
             x, normed = token_attention(
                 x,
@@ -175,9 +196,9 @@ class BasicTransformerBlock(nn.Module):
                 eps=self.norm3.eps,
             )
         else:
-            x = x + self.attn2.attend(self.norm2(x), vectors.keys, vectors.values)
+            x = self.attn2.attend(self.norm2(x), vectors.keys, vectors.values, add=x)
             normed = self.norm3(x)
-        return x + self.ff(normed)
+        return self.ff(normed, add=x)
 
 
 class SpatialTransformer(nn.Module):
@@ -218,11 +239,11 @@ class SpatialTransformer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,  # [B, C, h, w]
+        x: Tensor,  # [B, C, h, w], or of a guided pair before the two differ [B / 2, C, h, w]
         context: Tensor | PreparedContext,  # [B, T, D], or prepared
     ) -> Tensor:  # [B, C, h, w]
         height, width = x.shape[-2:]
-        tokens = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)
+        tokens = conv1x1(self.norm(x), self.proj_in).permute(0, 2, 3, 1).flatten(1, 2)
         for number, block in enumerate(self.transformer_blocks, self.first_block):
             given = context if isinstance(context, Tensor) else context.blocks[number]
             if self.use_checkpoint and self.training and torch.is_grad_enabled():
@@ -230,8 +251,9 @@ class SpatialTransformer(nn.Module):
             else:
                 tokens = block(tokens, given)
         maps = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        # x first: an elementwise sum takes the memory format of its first operand.
-        return x + self.proj_out(maps)
+        if len(maps) != len(x):
+            x = x.repeat(2, 1, 1, 1)
+        return conv1x1(maps, self.proj_out, add=x)
 
 
 class AttentionBlock(nn.Module):
@@ -256,6 +278,5 @@ class AttentionBlock(nn.Module):
         else:  # channels are by head, each (q | k | v)
             parts = qkv.unflatten(1, (self.heads, 3, -1))
         query, key, value = (part.transpose(-1, -2) for part in parts.unbind(2))
-        out = F.scaled_dot_product_attention(query, key, value)
-        out = out.transpose(-1, -2).flatten(1, 2)
+        out = attention(query, key, value).transpose(-1, -2).flatten(1, 2)
         return x + self.proj_out(out).unflatten(2, x.shape[-2:])

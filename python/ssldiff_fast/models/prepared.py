@@ -29,6 +29,32 @@ class TokenVectors:
 
 
 @dataclass(frozen=True, eq=False)
+class TimeVectors:
+    """What each residual block adds (or scales and shifts by) at S timesteps.
+
+    Args:
+        blocks: [S, C] of each block, in the order in which they run; S is 1 where all windows are
+            at the same timestep.
+    """
+
+    blocks: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.blocks[0])
+
+    def of(
+        self,
+        block: int,
+        windows: int,
+    ) -> Tensor:  # [windows, C]
+        """A block's vectors; those of a guided pair are its windows' twice."""
+        vectors = self.blocks[block]
+        if len(vectors) == 1:
+            return vectors.expand(windows, -1)
+        return vectors if len(vectors) == windows else vectors.repeat(windows // len(vectors), 1)
+
+
+@dataclass(frozen=True, eq=False)
 class PreparedContext:
     """The vectors of every transformer block for N windows, in the order in which they run."""
 

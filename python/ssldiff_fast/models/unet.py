@@ -3,17 +3,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssldiff_fast.models.attention import AttentionBlock, SpatialTransformer, zeroed
-from ssldiff_fast.models.group_norm import GROUPS, GroupNormSiLU
-from ssldiff_fast.models.prepared import PreparedContext
+from ssldiff_fast.models.group_norm import GroupNormSiLU
+from ssldiff_fast.models.prepared import PreparedContext, TimeVectors
+from ssldiff_fast.models.products import widened
 from ssldiff_fast.models.unet_blocks import (
     Downsample,
     ResBlock,
@@ -21,149 +19,7 @@ from ssldiff_fast.models.unet_blocks import (
     Upsample,
     timestep_embedding,
 )
-
-# Keywords of UNetModel with the only value that is supported, and what to do otherwise.
-_FIXED: dict[str, tuple[object, str]] = {
-    "dims": (2, "only two-dimensional networks are supported"),
-    "num_classes": (None, "class embeddings are not supported; condition by context tokens"),
-    "n_embed": (None, "prediction of codebook indices is not supported"),
-}
-# Published configurations set it, but it is no property of the model: precision is chosen with
-# .to(dtype) or sf.load(..., dtype=).
-_IGNORED = ("use_fp16",)
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """Keywords of CompVis' `UNetModel`, with its defaults.
-
-    Args:
-        image_size: side of the window in latents that the network was trained on (informative).
-        attention_resolutions: downsampling factors (1, 2, 4, ...) at which there is attention.
-        channel_mult: width of each level in units of `model_channels`.
-        num_heads, num_head_channels: one of them is given; the other is -1.
-        num_heads_upsample: heads of the second half; as in CompVis, it counts only with `legacy`
-            and without spatial transformer.
-    """
-
-    in_channels: int
-    model_channels: int
-    out_channels: int
-    num_res_blocks: int
-    attention_resolutions: tuple[int, ...]
-    image_size: int | tuple[int, ...] | None = None
-    dropout: float = 0.0
-    channel_mult: tuple[int, ...] = (1, 2, 4, 8)
-    conv_resample: bool = True
-    use_checkpoint: bool = False
-    num_heads: int = -1
-    num_head_channels: int = -1
-    num_heads_upsample: int = -1
-    use_scale_shift_norm: bool = False
-    resblock_updown: bool = False
-    use_new_attention_order: bool = False
-    use_spatial_transformer: bool = False
-    transformer_depth: int = 1
-    context_dim: int | None = None
-    legacy: bool = True
-
-    @classmethod
-    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> UNetConfig:
-        """Check CompVis keywords and turn lists into tuples.
-
-        Raises:
-            TypeError: a keyword is unknown or a required one is missing.
-            ValueError: a value is unsupported or inconsistent.
-        """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for name, value in kwargs.items():
-            if name in _FIXED:
-                allowed, advice = _FIXED[name]
-                if value != allowed:
-                    raise ValueError(f"UNet: {name}={value!r}, expected {allowed!r}: {advice}.")
-            elif name in _IGNORED:
-                continue
-            elif name not in fields:
-                known = ", ".join(sorted([*fields, *_FIXED, *_IGNORED]))
-                raise TypeError(f"UNet: unknown keyword {name!r}, expected one of {known}.")
-            else:
-                is_list = isinstance(value, Sequence) and not isinstance(value, str)
-                values[name] = tuple(value) if is_list else value
-        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
-        missing = [name for name in required if name not in values]
-        if missing:
-            raise TypeError(f"UNet: missing keyword {', '.join(missing)}; give it as CompVis does.")
-        context_dim = values.get("context_dim")
-        if isinstance(context_dim, tuple) and len(context_dim) == 1:
-            values["context_dim"] = context_dim[0]
-        config = cls(**values)
-        config._check()
-        return config
-
-    def _check(self) -> None:
-        for name in ("in_channels", "model_channels", "out_channels", "num_res_blocks"):
-            _check_positive(name, getattr(self, name))
-        if not self.channel_mult:
-            raise ValueError("UNet: channel_mult=() is empty, expected one number for each level.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"UNet: dropout={self.dropout!r}, expected a number in [0, 1).")
-        for mult in self.channel_mult:
-            width = self.model_channels * mult
-            if mult < 1 or width % GROUPS:
-                raise ValueError(
-                    f"UNet: a level has model_channels * channel_mult = {self.model_channels} * "
-                    f"{mult} channels, expected a positive multiple of {GROUPS}."
-                )
-        if self.use_spatial_transformer:
-            if self.context_dim is None:
-                raise ValueError(
-                    "UNet: use_spatial_transformer=True without context_dim, "
-                    "expected the width of the conditioning tokens."
-                )
-            _check_positive("context_dim", self.context_dim)
-            _check_positive("transformer_depth", self.transformer_depth)
-        elif self.context_dim is not None:
-            raise ValueError(
-                f"UNet: context_dim={self.context_dim} without use_spatial_transformer=True, "
-                "expected both or neither."
-            )
-        if self.num_heads == -1 and self.num_head_channels == -1:
-            raise ValueError("UNet: neither num_heads nor num_head_channels is given; give one.")
-
-    def to_config(self) -> dict[str, Any]:
-        """The keywords that differ from their defaults, as JSON values."""
-        config: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.default is dataclasses.MISSING or value != field.default:
-                config[field.name] = list(value) if isinstance(value, tuple) else value
-        return config
-
-    @property
-    def _has_upward_heads(self) -> bool:
-        return self.num_heads_upsample != -1 and self.legacy and not self.use_spatial_transformer
-
-    def heads(self, channels: int, *, upward: bool = False) -> int:
-        """Number of heads of an attention over `channels`, by CompVis' rules."""
-        if self.num_head_channels != -1:
-            heads = channels // self.num_head_channels
-        elif upward and self._has_upward_heads:
-            heads = self.num_heads_upsample
-        else:
-            heads = self.num_heads
-        if heads < 1 or channels % heads or channels // heads < 1:
-            raise ValueError(
-                f"UNet: {channels} channels do not divide into heads "
-                f"(num_heads={self.num_heads}, num_head_channels={self.num_head_channels}); "
-                "expected a divisor."
-            )
-        return heads
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"UNet: {name}={value!r}, expected a positive integer.")
+from ssldiff_fast.models.unet_config import UNetConfig
 
 
 class UNet(nn.Module):
@@ -207,10 +63,16 @@ class UNet(nn.Module):
         for transformer in self._transformers():
             transformer.first_block = count
             count += len(transformer.transformer_blocks)
+        for number, block in enumerate(self._res_blocks()):
+            block.number = number
 
     def _transformers(self) -> list[SpatialTransformer]:
         """Those that take a context, in the order in which they run."""
         return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
+
+    def _res_blocks(self) -> list[ResBlock]:
+        """Those that take the timestep, in the order in which they run."""
+        return [module for module in self.modules() if isinstance(module, ResBlock)]
 
     def _res_block(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
         return ResBlock(
@@ -291,39 +153,61 @@ class UNet(nn.Module):
             ValueError: a shape that does not fit, or a network that takes no context.
         """
         self._check_context(context)
-        context = context.to(next(self.time_embed.parameters()).dtype)
         return PreparedContext(
             tuple(vectors for t in self._transformers() for vectors in t.prepare(context))
         )
 
+    def prepare_time(
+        self,
+        t: Tensor,  # [S] or [], timesteps
+    ) -> TimeVectors:
+        """All that the blocks need of timesteps; may be passed to `forward` in place of them.
+
+        In float32 for networks of half precision too.
+        """
+        first, activation, second = self.time_embed
+        emb = timestep_embedding(t.reshape(-1), self.config.model_channels)
+        if next(first.parameters()).dtype == torch.float64:
+            emb = emb.double()
+        emb = widened(second, activation(widened(first, emb)))
+        return TimeVectors(tuple(block.time_vectors(emb) for block in self._res_blocks()))
+
     def forward(
         self,
         x: Tensor,  # [B, C, h, w]
-        t: Tensor,  # [B] or [], timesteps
-        context: Tensor | PreparedContext | None = None,  # [B, T, D], or prepared
-    ) -> Tensor:  # [B, out_channels, h, w], dtype of x
+        t: Tensor | TimeVectors,  # [B] or [], timesteps, or prepared
+        context: Tensor | PreparedContext | None = None,  # [B or 2 B, T, D], or prepared
+    ) -> Tensor:  # [B or 2 B, out_channels, h, w], dtype of x
         """Model output for the noisy windows `x` at timesteps `t`.
+
+        A `context` of twice as many windows is a guided pair of each, all conditionals first. What
+        comes before the first attention to the context is then computed once for both.
 
         Raises:
             ValueError: a shape that does not fit; `context` missing, or given without need.
         """
-        t = self._check_input(x, t, context)
+        self._check_input(x, t, context)
+        time = (
+            t if isinstance(t, TimeVectors) else self.prepare_time(torch.as_tensor(t).to(x.device))
+        )
         dtype = next(self.time_embed.parameters()).dtype
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
-        hidden = x.to(dtype)
-        context = context.to(dtype) if isinstance(context, Tensor) else context
+        # Channels-last throughout: positions are then the rows of products, with no transposes.
+        hidden = x.to(dtype, memory_format=torch.channels_last)
         skips: list[Tensor] = []
         for stage in self.input_blocks:
-            hidden = stage(hidden, emb, context)
+            hidden = stage(hidden, time, context)
             skips.append(hidden)
-        hidden = self.middle_block(hidden, emb, context)
+        hidden = self.middle_block(hidden, time, context)
         for stage in self.output_blocks:
-            hidden = stage(torch.cat([hidden, skips.pop()], dim=1), emb, context)
+            skip = skips.pop()
+            if len(skip) != len(hidden):
+                skip = skip.repeat(2, 1, 1, 1)
+            hidden = stage(torch.cat([hidden, skip], dim=1), time, context)
         return self.out(hidden).to(x.dtype)
 
     def _check_input(
-        self, x: Tensor, t: Tensor, context: Tensor | PreparedContext | None
-    ) -> Tensor:
+        self, x: Tensor, t: Tensor | TimeVectors, context: Tensor | PreparedContext | None
+    ) -> None:
         factor = 2 ** (len(self.config.channel_mult) - 1)
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -334,15 +218,12 @@ class UNet(nn.Module):
                 f"UNet: x is {x.shape[2]} x {x.shape[3]} latents, "
                 f"expected sides that are multiples of {factor}."
             )
-        t = torch.as_tensor(t, device=x.device)
-        if t.ndim == 0:
-            t = t.expand(x.shape[0])
-        if t.shape != x.shape[:1]:
+        steps = [len(t)] if isinstance(t, TimeVectors) else list(torch.as_tensor(t).shape)
+        if steps not in ([], [len(x)]) and not (isinstance(t, TimeVectors) and steps == [1]):
             raise ValueError(
-                f"UNet: t has shape {list(t.shape)}, expected [{x.shape[0]}] as x has windows."
+                f"UNet: t has shape {steps}, expected [{x.shape[0]}] as x has windows, or []."
             )
         self._check_context(context, x.shape[0])
-        return t
 
     def _check_context(
         self, context: Tensor | PreparedContext | None, windows: int | None = None
@@ -354,16 +235,21 @@ class UNet(nn.Module):
             )
         if isinstance(context, PreparedContext):
             blocks = sum(len(t.transformer_blocks) for t in self._transformers())
-            if len(context.blocks) != blocks or len(context) != windows:
+            if len(context.blocks) != blocks or not _is_one_or_a_pair(len(context), windows):
                 raise ValueError(
                     f"UNet: context is prepared for {len(context)} windows and "
                     f"{len(context.blocks)} blocks, expected {windows} and {blocks}; prepare it "
                     "with this network's prepare, and index it by window."
                 )
         elif context is not None:
-            fits = context.ndim == 3 and context.shape[1] > 0 and windows in (None, len(context))
+            fits = context.ndim == 3 and context.shape[1] > 0
+            fits = fits and _is_one_or_a_pair(len(context), windows)
             if not fits or context.shape[2] != self.context_dim:
                 raise ValueError(
                     f"UNet: context has shape {list(context.shape)}, expected "
                     f"[{'N' if windows is None else windows}, T, {self.context_dim}]."
                 )
+
+
+def _is_one_or_a_pair(given: int, windows: int | None) -> bool:
+    return windows is None or given in (windows, 2 * windows)

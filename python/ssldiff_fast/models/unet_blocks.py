@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ssldiff_fast.models.attention import SpatialTransformer, zeroed
 from ssldiff_fast.models.group_norm import GroupNormSiLU
-from ssldiff_fast.models.prepared import PreparedContext
+from ssldiff_fast.models.prepared import PreparedContext, TimeVectors
+from ssldiff_fast.models.products import conv1x1, widened
 
 # Longest wavelength of the timestep embedding is 2 pi MAX_PERIOD.
 MAX_PERIOD = 10_000
@@ -88,6 +89,8 @@ class ResBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
+        # Its place in `TimeVectors`; the U-Net counts them.
+        self.number = 0
         self.use_checkpoint = use_checkpoint
         # The identities hold the places of the published SiLUs, which the norms do, so that the
         # convolutions keep their numbers.
@@ -116,19 +119,26 @@ class ResBlock(nn.Module):
     def forward(
         self,
         x: Tensor,  # [B, C, h, w]
-        emb: Tensor,  # [B, embed_width]
+        shift: Tensor,  # [B, out_channels] or twice as many, of `time_vectors`
     ) -> Tensor:  # [B, out_channels, h, w], or half or twice the size
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
+            return checkpoint(self._forward, x, shift, use_reentrant=False)
+        return self._forward(x, shift)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def time_vectors(
+        self,
+        emb: Tensor,  # [S, embed_width]
+    ) -> Tensor:  # [S, out_channels], or scales and shifts of twice as many
+        """What the block takes of the timesteps, in the dtype of `emb`."""
+        activation, projection = self.emb_layers
+        return widened(projection, activation(emb))
+
+    def _forward(self, x: Tensor, shift: Tensor) -> Tensor:
         norm, _, conv = self.in_layers
         hidden = norm(x)
         if self.resample is not None:
             hidden, x = self.resample(hidden), self.resample(x)
         hidden = conv(hidden)
-        shift = self.emb_layers(emb)
         norm, _, dropout, conv = self.out_layers
         if self.scale_shift:
             scale, shift = shift.chunk(2, dim=1)
@@ -136,7 +146,11 @@ class ResBlock(nn.Module):
         else:
             hidden = norm(hidden, add=shift)
         hidden = conv(dropout(hidden))
-        return self.skip_connection(x) + hidden
+        if isinstance(self.skip_connection, nn.Conv2d):
+            return conv1x1(x, self.skip_connection, add=hidden)
+        if torch.is_grad_enabled() or hidden.dtype != x.dtype:
+            return hidden + x
+        return hidden.add_(x)
 
 
 class Stage(nn.Sequential):
@@ -145,12 +159,12 @@ class Stage(nn.Sequential):
     def forward(  # type: ignore[override]
         self,
         x: Tensor,  # [B, C, h, w]
-        emb: Tensor,  # [B, embed_width]
+        time: TimeVectors,
         context: Tensor | PreparedContext | None,  # [B, T, D], or prepared
     ) -> Tensor:
         for block in self:
             if isinstance(block, ResBlock):
-                x = block(x, emb)
+                x = block(x, time.of(block.number, len(x)))
             elif isinstance(block, SpatialTransformer):
                 x = block(x, context)
             else:

@@ -76,7 +76,7 @@ def attention(
     value: Tensor,  # [B, heads, T, width]
 ) -> Tensor:  # [B, heads, L, width]
     """softmax(query key' / sqrt(width)) value."""
-    if _is_eager_inference(query):
+    if is_eager_inference(query):
         if query.dtype == torch.bfloat16:
             # Its flash kernel multiplies in float32 on CPUs without AMX: 2 to 4 times slower.
             return _by_products(query, key, value)
@@ -106,7 +106,8 @@ def _has_onednn() -> bool:
     return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _is_eager_inference(x: Tensor) -> bool:
+def is_eager_inference(x: Tensor) -> bool:
+    """Whether gradients, compilers and autocast leave the choice of kernels to us, on a CPU."""
     return (
         x.device.type == "cpu"
         and not torch.is_grad_enabled()
@@ -116,7 +117,7 @@ def _is_eager_inference(x: Tensor) -> bool:
 
 
 def _takes_onednn(x: Tensor, *others: Any) -> bool:
-    if not _is_eager_inference(x) or x.dtype not in _ONEDNN_DTYPES or x.numel() == 0:
+    if not is_eager_inference(x) or x.dtype not in _ONEDNN_DTYPES or x.numel() == 0:
         return False
     given = [x, *(other for other in others if other is not None)]
     # Any stride but the contiguous one falls to a loop that is a thousand times slower.

@@ -14,6 +14,7 @@ from ssldiff_fast.models.attention import SpatialTransformer, zeroed
 from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext, TimeVectors
 from ssldiff_fast.models.products import conv1x1, widened
+from ssldiff_fast.models.winograd import Conv3x3
 
 # Longest wavelength of the timestep embedding is 2 pi MAX_PERIOD.
 MAX_PERIOD = 10_000
@@ -38,7 +39,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.with_conv = with_conv
         if with_conv:
-            self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+            self.conv = Conv3x3(channels, channels)
 
     def forward(
         self,
@@ -97,7 +98,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             GroupNormSiLU(channels),
             nn.Identity(),
-            nn.Conv2d(channels, out_channels, 3, padding=1),
+            Conv3x3(channels, out_channels),
         )
         self.resample: nn.Module | None = None
         if resample is not None:
@@ -110,7 +111,7 @@ class ResBlock(nn.Module):
             GroupNormSiLU(out_channels),
             nn.Identity(),
             nn.Dropout(dropout),
-            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zeroed(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection: nn.Module = (
             nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
@@ -145,12 +146,9 @@ class ResBlock(nn.Module):
             hidden = norm(hidden, scale=scale, shift=shift)
         else:
             hidden = norm(hidden, add=shift)
-        hidden = conv(dropout(hidden))
         if isinstance(self.skip_connection, nn.Conv2d):
-            return conv1x1(x, self.skip_connection, add=hidden)
-        if torch.is_grad_enabled() or hidden.dtype != x.dtype:
-            return hidden + x
-        return hidden.add_(x)
+            x = conv1x1(x, self.skip_connection)
+        return conv(dropout(hidden), add=x)
 
 
 class Stage(nn.Sequential):

@@ -135,6 +135,32 @@ def test_a_run_goes_on_where_it_was_and_ends_in_the_same_bytes(
     assert make(model, tmp_path).made == 0
 
 
+@pytest.mark.parametrize("kept", [(0, 1, 3), (1, 2, 4), (0, 4), ()], ids=str)
+def test_every_patch_keeps_its_place_in_its_batch(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: tuple[int, ...]
+) -> None:
+    """Products of few rows round by the row's place, so bytes are equal where places are."""
+    places: dict[str, set[int]] = {}
+    latents = patches._PatchSampler._latents
+
+    def noted(self: Any, batch: list[patch_files.Patch]) -> torch.Tensor:
+        for place, patch in enumerate(batch):
+            places.setdefault(patch.name, set()).add(place)
+        return latents(self, batch)
+
+    monkeypatch.setattr(patches._PatchSampler, "_latents", noted)
+    make(model, tmp_path, seeds=2)
+    before = hashes(tmp_path)
+    names = [patch.name for patch in patches._patches(grid_of(model), range(2))]
+    removed = [number for number in range(10) if number not in kept]
+    for number in removed:
+        (tmp_path / f"{names[number]}.png").unlink()
+    places.clear()
+    assert make(model, tmp_path, seeds=2).kept == len(kept)
+    assert all(number % 3 in places[names[number]] for number in removed)
+    assert hashes(tmp_path) == before
+
+
 def test_an_interruption_keeps_what_is_finished(
     model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,10 +96,11 @@ def synthesize_patches(
     goes on where it was when it is called again: what is there is kept. `recipe.json` in the
     folder says how the patches were made; another recipe needs another folder, or `overwrite`.
 
-    The noise of a patch is a function of seed, X and Y, and every batch has `batch_size` windows
-    (the last one is filled up), so a patch does not depend on which others are made. The recipe
-    fixes what its rounding depends on: batch size, precision and solver; beyond it there are the
-    kind of processor and, on some, the number of threads.
+    The noise of a patch is a function of seed, X and Y, and its place in a batch one of seed and
+    cell; every batch has `batch_size` windows. So a patch does not depend on which others of the
+    grid are made with it, before or after. The recipe fixes what its rounding depends on: grid,
+    batch size, precision and solver; beyond it there are the kind of processor and, on some, the
+    number of threads.
 
     Args:
         model: a loaded model, or what `sf.load` takes.
@@ -262,6 +263,8 @@ class _PatchSampler:
             prediction=model.prediction,
             eta=preset.eta,
         )
+        places = torch.nonzero(grid.valid).tolist()
+        self._ranks = {(row, column): rank for rank, (row, column) in enumerate(places)}
         self._device = next(model.unet.parameters()).device
         on_cpu = self._device.type == "cpu"
         self._decoded = min(batch_size, CPU_TILES) if on_cpu else batch_size
@@ -301,14 +304,23 @@ class _PatchSampler:
         }
 
     def images(self, patches: Sequence[Patch]) -> Iterator[RGB]:
-        """The pixels of each patch in turn, uint8 [height, width, 3]."""
+        """The pixels of each patch in turn, uint8 [height, width, 3].
+
+        A patch has its own place in its own batch, whichever others are wanted: a matrix product
+        may round a row by where it lies. The places of those not wanted are filled with one that
+        is.
+        """
         size = self.batch_size
-        for first in range(0, len(patches), size):
-            some = patches[first : first + size]
-            padded = [*some, *[some[-1]] * (size - len(some))]
-            latents = self._latents(padded)
-            pixels = self._pixels(latents, padded)
-            yield from pixels[: len(some)].numpy()
+        for _, group in itertools.groupby(patches, lambda patch: self._number(patch) // size):
+            wanted = {self._number(patch) % size: patch for patch in group}
+            filler = next(iter(wanted.values()))
+            batch = [wanted.get(place, filler) for place in range(size)]
+            pixels = self._pixels(self._latents(batch), batch).numpy()
+            yield from (pixels[place] for place in wanted)
+
+    def _number(self, patch: Patch) -> int:
+        """Counts the valid cells row by row, seed after seed from seed 0."""
+        return patch.seed * len(self._ranks) + self._ranks[patch.row, patch.column]
 
     @torch.no_grad()
     def _latents(self, patches: Sequence[Patch]) -> Tensor:

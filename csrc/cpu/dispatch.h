@@ -30,13 +30,15 @@ using VectorBytes = std::integral_constant<int, kBytes>;
 #if SSLDIFF_X86
 // GCC prefers 256-bit vectors even with AVX-512 unless told; Clang rejects the word.
 #if defined(__clang__)
-#define SSLDIFF_TARGET_AVX512 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"
+#define SSLDIFF_TARGET_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
 #else
-#define SSLDIFF_TARGET_AVX512 "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
+#define SSLDIFF_TARGET_AVX512 \
+  "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"
 #endif
 
 template <typename Body>
-__attribute__((target("avx2,fma"))) void run_avx2(const Body& body, int64_t begin, int64_t end) {
+__attribute__((target("avx2,fma,f16c"))) void run_avx2(const Body& body, int64_t begin,
+                                                       int64_t end) {
   body(begin, end, VectorBytes<32>());
 }
 

@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "../include/half.h"
 #include "../window_checks.h"
 #include "dispatch.h"
+#include "vectors.h"
 
 namespace ssldiff {
 namespace {
@@ -17,8 +17,11 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 64;  // columns that are cast together
-constexpr int64_t kGrain = 8;   // rows of windows of a task at least
+constexpr int kBlock = 64;     // columns that are cast together
+constexpr int64_t kGrain = 8;  // rows of windows of a task at least
+// Bytes of a window that are fetched before they are wanted; its rows lie far from one another,
+// where hardware does not look ahead.
+constexpr int64_t kAheadBytes = 8192;
 
 template <typename From, typename To>
 struct GatherWindows {
@@ -30,82 +33,119 @@ struct GatherWindows {
   const int64_t* origins_x;   // [N]
   int64_t period;             // rows after which windows go on at the first
   bool interleaved;
+  int64_t ahead;  // elements from a row to that which is fetched
+  bool streams;   // whether the output is larger than the caches
 
-  // A task is one row of one window, with all its channels.
-  template <typename Bytes>
-  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes) const {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / window_height;
+  // A task is one row of one window: of a channel (planar), so that the output is written from its
+  // beginning to its end, or of all channels.
+  template <int kBytes>
+  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, VectorBytes<kBytes>) const {
+    const int64_t planes = interleaved ? 1 : channels;
+    for (int64_t task = begin; task < end;) {
+      const int64_t plane = task / window_height, n = plane / planes;
       const int64_t u = task % window_height;
-      const int64_t row = (first_rows[n] + u) % period;
-      const int64_t x = origins_x[n];
-      const int64_t first = std::min(window_width, width - x);
-      const From* from = canvas + row * stride_y;
-      if (!interleaved) {
-        for (int64_t c = 0; c < channels; ++c) {
-          To* to = windows + ((n * channels + c) * window_height + u) * window_width;
-          copy(from + c * stride_c + x, to, first);
-          copy(from + c * stride_c, to + first, window_width - first);
-        }
-      } else {
-        To* to = windows + (n * window_height + u) * window_width * channels;
-        interleave(from + x, to, first);
-        interleave(from, to + first * channels, window_width - first);
+      const int64_t rows = std::min(window_height - u, end - task);
+      const From* from = canvas + (interleaved ? 0 : plane % planes * stride_c);
+      // A division costs as much as ten columns: there is none for a row.
+      int64_t row = (first_rows[n] + u) % period;
+      for (int64_t last = task + rows; task < last; ++task) {
+        gather_row<kBytes>(from + row * stride_y, origins_x[n], task);
+        row = row + 1 < period ? row + 1 : 0;
       }
     }
+    stream_fence();
   }
 
-  SSLDIFF_INLINE static To cast(From value) {
-    if constexpr (std::is_same_v<From, To>) {
-      return value;
+  // `from`: the canvas row, of the first channel wanted.
+  template <int kBytes>
+  SSLDIFF_INLINE void gather_row(const From* from, int64_t x, int64_t task) const {
+    const int64_t first = std::min(window_width, width - x);
+    if (!interleaved) {
+      To* to = windows + task * window_width;
+      copy<kBytes>(from + x, to, first);
+      copy<kBytes>(from, to + first, window_width - first);
     } else {
-      return narrow<To>(static_cast<float>(widen(value)));
+      To* to = windows + task * window_width * channels;
+      interleave<kBytes>(from + x, to, first);
+      interleave<kBytes>(from, to + first * channels, window_width - first);
     }
   }
 
-  SSLDIFF_INLINE static void copy(const From* __restrict from, To* __restrict to, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-      to[i] = cast(from[i]);
+  // Into the second-level cache. (An address past the canvas is harmless: prefetching never
+  // faults.)
+  SSLDIFF_INLINE void prefetch(const From* from) const {
+    constexpr int kLine = static_cast<int>(kLineBytes / sizeof(From));
+    for (int i = 0; i < kBlock; i += kLine) {
+      __builtin_prefetch(from + ahead + i, 0, 2);
     }
+  }
+
+  template <int kBytes>
+  SSLDIFF_INLINE void copy(const From* from, To* to, int64_t count) const {
+    constexpr int kLanes = kBytes / static_cast<int>(sizeof(To));
+    const bool past = streams && reinterpret_cast<uintptr_t>(to) % kBytes == 0;
+    int64_t first = 0;
+    for (; first + kBlock <= count; first += kBlock) {
+      prefetch(from + first);
+      for (int64_t i = first; i < first + kBlock; i += kLanes) {
+        store_vector<kBytes>(to + i, cast_lanes<kBytes, From, To>(from + i), past);
+      }
+    }
+    cast_row(from + first, to + first, count - first);
   }
 
   // The channels of each pixel side by side; vectorised for the numbers that latents have.
+  template <int kBytes>
   SSLDIFF_INLINE void interleave(const From* from, To* to, int64_t count) const {
-    switch (channels) {
-      case 3:
-        return interleave_channels<3>(from, to, count);
-      case 4:
-        return interleave_channels<4>(from, to, count);
-      default:
-        for (int64_t c = 0; c < channels; ++c) {
-          for (int64_t i = 0; i < count; ++i) {
-            to[i * channels + c] = cast(from[c * stride_c + i]);
-          }
-        }
+    int64_t done = 0;
+    if (channels == 1) {
+      return copy<kBytes>(from, to, count);
+    }
+    // Before SSSE3 a permutation has no instruction.
+    if constexpr (kBytes > 16) {
+      if (channels == 3) {
+        done = interleave_channels<kBytes, 3>(from, to, count);
+      } else if (channels == 4) {
+        done = interleave_channels<kBytes, 4>(from, to, count);
+      }
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = done; i < count; ++i) {
+        to[i * channels + c] = cast_one<From, To>(from[c * stride_c + i]);
+      }
     }
   }
 
-  template <int kChannels>
-  SSLDIFF_INLINE void interleave_channels(const From* __restrict from, To* __restrict to,
-                                          int64_t count) const {
-    To block[kChannels][kBlock];
-    for (int64_t first = 0; first < count; first += kBlock) {
-      const int64_t length = std::min(kBlock, count - first);
+  // Returns how many pixels it did: whole blocks.
+  template <int kBytes, int kChannels>
+  SSLDIFF_INLINE int64_t interleave_channels(const From* from, To* to, int64_t count) const {
+    constexpr int kLanes = kBytes / static_cast<int>(sizeof(To));
+    const bool past = streams && reinterpret_cast<uintptr_t>(to) % kBytes == 0;
+    int64_t first = 0;
+    for (; first + kBlock <= count; first += kBlock) {
       for (int c = 0; c < kChannels; ++c) {
-        copy(from + c * stride_c + first, block[c], length);
+        prefetch(from + c * stride_c + first);
       }
-      To* __restrict out = to + first * kChannels;
-      for (int64_t i = 0; i < length; ++i) {
+      for (int64_t i = first; i < first + kBlock; i += kLanes) {
+        Vector<LaneOf<To>, kBytes> lanes[kChannels];
         for (int c = 0; c < kChannels; ++c) {
-          out[i * kChannels + c] = block[c][i];
+          lanes[c] = cast_lanes<kBytes, From, To>(from + c * stride_c + i);
         }
+        store_interleaved<kBytes, kChannels>(lanes, reinterpret_cast<char*>(to + i * kChannels),
+                                             past, std::make_index_sequence<kChannels>());
       }
     }
+    return first;
   }
 };
 
 template <typename From, typename To>
 void launch(const Tensor& canvas, const Tensor& windows, const GatherPlan& plan, bool interleaved) {
+  const int64_t planes = interleaved ? 1 : canvas.size(0);
+  const int64_t row_bytes =
+      plan.window_width * canvas.size(0) / planes * static_cast<int64_t>(sizeof(From));
+  const int64_t ahead = std::max<int64_t>(1, kAheadBytes / row_bytes);
+  const int64_t bytes = windows.numel() * static_cast<int64_t>(sizeof(To));
   const GatherWindows<From, To> body{static_cast<const From*>(canvas.const_data_ptr()),
                                      static_cast<To*>(windows.mutable_data_ptr()),
                                      canvas.stride(0),
@@ -117,8 +157,10 @@ void launch(const Tensor& canvas, const Tensor& windows, const GatherPlan& plan,
                                      plan.first_rows.data(),
                                      plan.origins_x.data(),
                                      plan.period,
-                                     interleaved};
-  parallel_dispatch(windows.size(0) * plan.window_height, kGrain, body);
+                                     interleaved,
+                                     ahead * canvas.stride(1),
+                                     bytes >= kStreamBytes};
+  parallel_dispatch(windows.size(0) * planes * plan.window_height, kGrain, body);
 }
 
 template <typename From>

@@ -39,15 +39,45 @@ def test_it_is_the_reference(case: Gather, dtype: torch.dtype, layout: torch.mem
         assert torch.equal(made, expected)
 
 
-def test_values_are_cast_as_pytorch_does(cpu_path: str) -> None:
-    # Every float16, halves between two of them, and what becomes infinite or subnormal.
+def hard_values() -> Tensor:  # [4, 256, 256]
+    """Every float16, halves between two of them, and what becomes infinite or subnormal."""
     whole = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
     values = whole.float().view(256, 256)
-    values = torch.stack((values, values * (1 + 2**-11), values * 3e-4, values * 1e33))
-    plan = WindowPlan.regular(256, 256, (256, 256), 256)
-    for dtype in (torch.float16, torch.bfloat16):
-        made = gather_windows(values, plan, torch.tensor([0]), dtype=dtype)[0]
-        torch.testing.assert_close(made, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+    return torch.stack((values, values * (1 + 2**-11), values * 3e-4, values * 1e33))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("channels", [3, 4])
+def test_values_are_cast_as_pytorch_does(
+    cpu_path: str, channels: int, layout: torch.memory_format
+) -> None:
+    values = hard_values()[-channels:]
+    plan, index = WindowPlan.regular(256, 256, (256, 256), 256), torch.tensor([0])
+    for source in (torch.float32, torch.float16, torch.bfloat16):
+        canvas = values.to(source)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            made = gather_windows(canvas, plan, index, dtype=dtype, memory_format=layout)[0]
+            expected = canvas.float().to(dtype)
+            torch.testing.assert_close(made, expected, rtol=0, atol=0, equal_nan=True)
+            _C.set_cpu_path("portable")
+            again = gather_windows(canvas, plan, index, dtype=dtype, memory_format=layout)[0]
+            _C.set_cpu_path(cpu_path)
+            bits = torch.int32 if dtype == torch.float32 else torch.int16
+            assert torch.equal(made.contiguous().view(bits), again.contiguous().view(bits))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("window", [96, 100])
+def test_windows_larger_than_the_caches_are_whole(
+    cpu_path: str, window: int, layout: torch.memory_format
+) -> None:
+    # 100 columns are no whole number of cache lines.
+    plan = WindowPlan.regular(992, 1004, (window, window), window // 2, wrap=(True, True))
+    canvas, index = torch.randn(3, 992, 1004), torch.arange(len(plan))
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "memory_format": layout}
+    made = gather_windows(canvas, plan, index, **options)
+    assert made.nbytes > 2**23
+    assert torch.equal(made, gather_windows_reference(canvas, plan, index, **options))
 
 
 @pytest.mark.parametrize("layout", ["sliced", "transposed"])

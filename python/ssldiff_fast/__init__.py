@@ -34,6 +34,7 @@ _EXPORTS = {
     "load": "ssldiff_fast.models.load",
     "open_decoder": "ssldiff_fast.canvas",
     "open_slide": "ssldiff_fast.slides",
+    "optimize": "ssldiff_fast.models.optimize",
     "sample": "ssldiff_fast.canvas",
     "sample_rows": "ssldiff_fast.canvas",
     "StateFolder": "ssldiff_fast.canvas",

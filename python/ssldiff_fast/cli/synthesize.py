@@ -60,7 +60,12 @@ if TYPE_CHECKING:
 @click.option("--codec", help="Of a TIFF: jpeg, or deflate, which is lossless [default: jpeg].")
 @click.option("--quality", type=click.IntRange(1, 100), help="Of JPEG [default: 90].")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    help="Of the network: float32, bfloat16, float16, or auto for the faster by measurement.",
+)
 @click.option(
     "--state",
     type=click.Path(path_type=Path),

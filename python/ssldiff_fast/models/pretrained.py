@@ -39,7 +39,8 @@ def parse_dtype(dtype: torch.dtype | str, *, call: str) -> torch.dtype:
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"{call}: dtype is {name!r}, expected one of {', '.join(DTYPES)}.")
+        names = [*DTYPES, "auto"] if call == "load" else list(DTYPES)
+        raise ValueError(f"{call}: dtype is {name!r}, expected one of {', '.join(names)}.")
     return DTYPES[name]
 
 

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`optimize`: faster layers put into a network that is there already, with the same results."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ssldiff_fast import _C
+from ssldiff_fast.models.attention import SpatialTransformer
+from ssldiff_fast.models.products import linear
+from ssldiff_fast.models.unet import UNet
+from ssldiff_fast.models.winograd import Conv3x3, serves
+
+logger = logging.getLogger(__name__)
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Product(nn.Linear):
+    """A linear layer whose inference on a CPU goes to oneDNN; parameters as torch's."""
+
+    def forward(
+        self,
+        x: Tensor,  # [..., K]
+    ) -> Tensor:  # [..., N]
+        """`x weight' + bias`."""
+        return linear(x, self.weight, self.bias)
+
+
+class OneTokenProcessor:
+    """diffusers' attention where there is one token: the softmax over one key is 1.
+
+    So the query, its norm and the key have no influence (design section 3); everything else goes
+    to the processor that was there.
+    """
+
+    def __init__(self, inner: Callable[..., Tensor]) -> None:
+        self.inner = inner
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,  # [B, L, C]
+        encoder_hidden_states: Tensor | None = None,  # [B, T, D]
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:  # [B, L, C]
+        """The attention's output for its input."""
+        one = encoder_hidden_states is not None and encoder_hidden_states.shape[1] == 1
+        if not one or attention_mask is not None or hidden_states.ndim != 3 or not _is_plain(attn):
+            return self.inner(
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                temb=temb,
+                **options,
+            )
+        out = attn.to_v(encoder_hidden_states)
+        for layer in attn.to_out:
+            out = layer(out)
+        out = out.expand_as(hidden_states)
+        if attn.residual_connection:
+            out = out + hidden_states
+        return out / attn.rescale_output_factor
+
+
+def optimize(network: Network) -> Network:
+    """Put faster layers of the same result into a network, in place, and say which.
+
+    For `UNet` and CompVis' own, for diffusers' UNet2DConditionModel, and for any other network as
+    far as its layers are of a known kind: channels-last weights; 3x3 convolutions and products of
+    inference on a CPU by `Conv3x3` and oneDNN; attention to a single token of diffusers' blocks
+    without queries and keys. Names, shapes and values of all parameters stay.
+
+    A network whose layers are of no known kind is left as it is, and the log says so.
+
+    Args:
+        network: in the dtype and on the device where it is to run.
+
+    Returns:
+        The same network.
+
+    Raises:
+        TypeError: no module.
+    """
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            f"optimize: network is a {type(network).__name__}, but a torch.nn.Module was expected; "
+            "give the U-Net itself (pipeline.unet, model.unet)."
+        )
+    if any(isinstance(module, nn.Conv2d) for module in network.modules()):
+        network.to(memory_format=torch.channels_last)
+    applied = _own(network) if isinstance(network, UNet) else _replaced(network)
+    name = type(network).__name__
+    if applied:
+        logger.info("optimize: %s: %s", name, ", ".join(applied))
+    else:
+        logger.warning("optimize: %s is used as it is: none of its layers is of a known kind", name)
+    return network
+
+
+def _own(unet: UNet) -> list[str]:
+    """What our U-Net does by itself."""
+    convolutions = sum(isinstance(m, Conv3x3) and serves(m) for m in unet.modules())
+    applied = ["channels-last", "shared guidance prefix", "group_norm_silu"]
+    if any(isinstance(module, SpatialTransformer) for module in unet.modules()):
+        applied.append("token_attention with prepared tokens")
+    if next(unet.parameters()).device.type == "cpu":
+        applied.append("products by oneDNN")
+        applied += [f"{convolutions} convolutions by Winograd"] if convolutions else []
+    return applied
+
+
+def _replaced(network: nn.Module) -> list[str]:
+    """Change the classes of layers whose subclass here takes the same parameters."""
+    products = convolutions = 0
+    if next(network.parameters(), torch.empty(0)).device.type == "cpu" and _C.CPU_PROBLEM is None:
+        for module in network.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = Product
+                products += 1
+            elif type(module) is nn.Conv2d and _is_3x3(module) and serves(module):
+                module.__class__ = Conv3x3
+                convolutions += 1
+    applied = [f"{products} products by oneDNN"] if products else []
+    applied += [f"{convolutions} convolutions by Winograd"] if convolutions else []
+    processors = getattr(network, "attn_processors", None)
+    put_back: Any = getattr(network, "set_attn_processor", None)
+    if isinstance(processors, dict) and put_back is not None:
+        found = {
+            name: processor
+            if isinstance(processor, OneTokenProcessor) or ".attn2." not in name
+            else OneTokenProcessor(processor)
+            for name, processor in processors.items()
+        }
+        put_back(dict(found))  # it empties what it is given
+        count = sum(isinstance(processor, OneTokenProcessor) for processor in found.values())
+        applied += [f"{count} attentions that skip queries and keys of one token"] if count else []
+    return applied
+
+
+def _is_3x3(conv: nn.Conv2d) -> bool:
+    return (
+        conv.kernel_size == (3, 3)
+        and conv.stride == conv.padding == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding_mode == "zeros"
+    )
+
+
+def _is_plain(attn: Any) -> bool:
+    """Whether a diffusers Attention is projections and softmax alone."""
+    extras = ("spatial_norm", "group_norm", "norm_cross", "add_k_proj", "norm_q", "norm_k")
+    return all(not getattr(attn, name, None) for name in extras)

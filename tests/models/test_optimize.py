@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sf.optimize`: the same results from faster layers, and a line that says which."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import ssldiff_fast as sf
+from golden_inputs import UNET_A, fill, relative_error
+from ssldiff_fast.models import UNet
+from ssldiff_fast.models.optimize import OneTokenProcessor, Product
+from ssldiff_fast.models.winograd import LEAST_CHANNELS, Conv3x3
+
+
+def diffusers_unet() -> nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(32, 192),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    return unet.eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_diffusers_unet_gives_the_same_output(
+    tokens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    unet = diffusers_unet()
+    x, context = torch.randn(2, 3, 8, 8), torch.randn(2, tokens, 16)
+    names = list(unet.state_dict())
+    with torch.no_grad():
+        expected = unet(x, 17, encoder_hidden_states=context).sample
+        with caplog.at_level(logging.INFO):
+            assert sf.optimize(unet) is unet
+        out = unet(x, 17, encoder_hidden_states=context).sample
+    assert relative_error(out, expected) < 2e-6
+    assert list(unet.state_dict()) == names
+    kinds = {type(module) for module in unet.modules()}
+    assert {Product, Conv3x3} <= kinds
+    said = caplog.messages[-1]
+    assert "UNet2DConditionModel" in said
+    assert "products by oneDNN" in said
+    assert "convolutions by Winograd" in said
+    assert "one token" in said
+
+
+def test_with_one_token_queries_and_keys_of_diffusers_are_not_read() -> None:
+    unet = sf.optimize(diffusers_unet())
+    x, context = torch.randn(1, 3, 8, 8), torch.randn(1, 1, 16)
+    with torch.no_grad():
+        expected = unet(x, 17, encoder_hidden_states=context).sample
+        for name, parameter in unet.named_parameters():
+            if "attn2.to_q" in name or "attn2.to_k" in name:
+                parameter.fill_(torch.nan)
+        assert torch.equal(unet(x, 17, encoder_hidden_states=context).sample, expected)
+
+
+def test_twice_is_once() -> None:
+    unet = sf.optimize(sf.optimize(diffusers_unet()))
+    processors = unet.attn_processors.values()
+    wrapped = [p for p in processors if isinstance(p, OneTokenProcessor)]
+    assert wrapped
+    assert not any(isinstance(p.inner, OneTokenProcessor) for p in wrapped)
+
+
+def test_training_goes_on_as_before() -> None:
+    unet = sf.optimize(diffusers_unet())
+    unet(
+        torch.randn(1, 3, 8, 8), 17, encoder_hidden_states=torch.randn(1, 3, 16)
+    ).sample.sum().backward()
+    assert all(p.grad is not None for p in unet.parameters())
+
+
+def test_our_own_unet_says_what_it_does(caplog: pytest.LogCaptureFixture) -> None:
+    unet = fill(UNet(**UNET_A)).eval()
+    with caplog.at_level(logging.INFO):
+        assert sf.optimize(unet) is unet
+    for words in ("shared guidance prefix", "group_norm_silu", "token_attention", "oneDNN"):
+        assert words in caplog.messages[-1]
+
+
+def test_only_convolutions_of_the_known_kind_are_changed() -> None:
+    width = LEAST_CHANNELS
+    kept = [
+        nn.Conv2d(width, width, 3, padding=1, stride=2),
+        nn.Conv2d(width, width, 3),
+        nn.Conv2d(width, width, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(width, width, 3, padding=1, groups=2),
+        nn.Conv2d(8, 8, 3, padding=1),
+    ]
+    network = sf.optimize(nn.Sequential(*kept, nn.Conv2d(width, width, 3, padding=1)))
+    assert [type(m) is Conv3x3 for m in network] == [False] * len(kept) + [True]
+
+
+def test_an_unknown_network_is_left_as_it_is_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    network = nn.Sequential(nn.ReLU())
+    assert sf.optimize(network) is network
+    assert "Sequential is used as it is" in caplog.messages[-1]
+
+
+def test_what_is_no_network_is_named() -> None:
+    with pytest.raises(TypeError, match="network is a dict"):
+        sf.optimize({})  # type: ignore[type-var]

@@ -74,6 +74,16 @@ def test_the_hash_of_a_recipe_changes_with_what_decides_the_bytes(
     assert len(hashes) == 5
 
 
+def test_a_measured_batch_size_is_a_number_in_the_recipe(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssldiff_fast.synthesis.auto_batch_size", lambda model, guided: 3)
+    made = make(model, tmp_path / "auto.png", batch_size="auto")
+    assert made.recipe["batch_size"] == 3
+    given = make(model, tmp_path / "three.png", batch_size=3)
+    assert made.path.read_bytes() == given.path.read_bytes()
+
+
 @pytest.mark.parametrize("preset", ["paper", "authors", "fast"])
 def test_every_preset_makes_an_image(model: LatentDiffusion, tmp_path: Path, preset: str) -> None:
     made = make(model, tmp_path / "image.png", preset=preset)

@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ssldiff_fast._checks import check_choice, check_count
 from ssldiff_fast.canvas.interrupt import Interrupted
+from ssldiff_fast.canvas.micro_batch import auto_batch_size
 from ssldiff_fast.canvas.noise import check_seed
 from ssldiff_fast.canvas.presets import Preset
 from ssldiff_fast.canvas.preview import PreviewFile
@@ -78,7 +79,7 @@ def synthesize(
     wrap: str | None = None,
     mask: bool = False,
     order: str = "plain",
-    batch_size: int = 16,
+    batch_size: int | Literal["auto"] = 16,
     format: str | None = None,
     georeference: Georeference | None = None,
     codec: str | None = None,
@@ -112,7 +113,8 @@ def synthesize(
         mask: leave out windows without tissue (cells of the grid that are not valid): they become
             glass, and cost nothing. Without it the model paints them.
         order: "plain", or "wavefront", which finishes the first rows first and has the same bytes.
-        batch_size: windows of one network call, at most; belongs to the recipe.
+        batch_size: windows of one network call, at most; belongs to the recipe. "auto" takes the
+            fastest that fits into memory, by a short measurement before the run starts.
         format, georeference, codec, quality: of the file, as for `slides.open_writer`.
         device, dtype: for a model that is loaded here; load it yourself for anything else.
         overwrite: replace an existing file.
@@ -140,7 +142,8 @@ def synthesize(
         guidance_interval=guidance_interval,
         eta=eta,
     )
-    batch_size = check_count("batch_size", batch_size, call="synthesize")
+    if batch_size != "auto":
+        batch_size = check_count("batch_size", batch_size, call="synthesize")
     seed = check_seed(seed)
     check_choice("order", order, ORDERS, call="synthesize")
     # What is quickly known comes before the model, whose weights may take seconds to read.
@@ -151,6 +154,8 @@ def synthesize(
     loaded = loaded_model(model, device, dtype)
     cells.check_for(wanted_grid(loaded, cells))
     geometry = Geometry(stride, decode_stride, decoder, wrap, mask)
+    if batch_size == "auto":
+        batch_size = auto_batch_size(loaded, guided=chosen.guidance_scale != 1.0)
     plan = Plan.make(loaded, cells, chosen, seed, geometry, batch_size)
     callback = _with_preview(callback_on_step_end, preview, plan)
     recipe = plan.recipe()

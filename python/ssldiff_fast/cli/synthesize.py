@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,6 +15,19 @@ from .patches import synthesize as synthesize_patches
 
 if TYPE_CHECKING:
     from ..slides.cog import Georeference
+
+
+class BatchSize(click.IntRange):
+    """A number of windows from 1, or "auto"."""
+
+    name = "number|auto"
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """The number or the word."""
+        return value if value == "auto" else super().convert(value, param, ctx)
 
 
 @click.command(name="synthesize")
@@ -54,7 +67,13 @@ if TYPE_CHECKING:
 @click.option("--wrap", type=click.Choice(["x", "y", "both"]), help="Tileable along it.")
 @click.option("--mask/--no-mask", help="Leave out windows without tissue: glass at no cost.")
 @click.option("--order", type=click.Choice(ORDERS), default="plain", show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--batch-size",
+    type=BatchSize(),
+    default=16,
+    show_default=True,
+    help="Windows of one network call, or auto for the fastest that fits into memory.",
+)
 @click.option("--crs", help="Of a GeoTIFF, for example EPSG:32633; with --transform.")
 @click.option("--transform", help="Of a GeoTIFF: a,b,c,d,e,f from columns and rows to x and y.")
 @click.option("--codec", help="Of a TIFF: jpeg, or deflate, which is lossless [default: jpeg].")
@@ -102,7 +121,7 @@ def command(
     wrap: str | None,
     mask: bool,
     order: str,
-    batch_size: int,
+    batch_size: int | Literal["auto"],
     crs: str | None,
     transform: str | None,
     codec: str | None,
@@ -138,6 +157,8 @@ def command(
     }
     check_options(patches, {**given, "seeds": seeds})
     if patches:
+        if batch_size == "auto":
+            raise click.UsageError("--batch-size auto is for large images; give a number.")
         return synthesize_patches(
             grid,
             model,

@@ -122,13 +122,18 @@ def _copy_sources(source: Path) -> Path:
     return source
 
 
+MAKES_EMPTY_FILES = """[ "$1" = --version ] && echo compiler 1.0
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : > "$2"; shift; done"""
+
+
 def test_an_editable_install_needs_no_cuda(tmp_path: Path) -> None:
     source = _copy_sources(tmp_path / "source")
+    compiler = _program(tmp_path / "compiler", MAKES_EMPTY_FILES)
     code = "from setuptools import build_meta; print(build_meta.build_editable('.'))"
     subprocess.run(
         [sys.executable, "-c", code],
         cwd=source,
-        env={**os.environ, "SSLDIFF_CUDA": "0", "SSLDIFF_VIEWER": "0", "CXXFLAGS": "-O0"},
+        env={**os.environ, "SSLDIFF_CUDA": "0", "SSLDIFF_VIEWER": "0", "CXX": str(compiler)},
         check=True,
         capture_output=True,
     )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssldiff_fast._checks import check_positive
-from ssldiff_fast.ops import WindowPlan, gather_windows, scatter_mean
+from ssldiff_fast.ops import WindowPlan, scatter_mean
 
 # Window outputs held before they are averaged. More saves repeated work where bands meet.
 _HELD_BYTES = 64 * 2**20
@@ -39,16 +39,6 @@ def micro_batches(count: int, batch_size: int) -> list[Tensor]:
         torch.arange(group * size, (group + 1) * size).clamp(max=count - 1)
         for group in range(groups)
     ]
-
-
-def crop_windows(
-    canvas: Tensor,  # [C, H, W]
-    plan: WindowPlan,
-    row: int,
-    columns: Tensor,  # [B] int64
-) -> Tensor:
-    """The windows `columns` of window row `row`: [B, C, h, w]."""
-    return gather_windows(canvas, plan, row * len(plan.origins_x) + columns)
 
 
 def blend_window_rows(

@@ -34,7 +34,6 @@ from .tile_sink import TileSink
 TILE = 256
 # The coarsest level fits this square, so that a viewer shows the whole slide at once.
 SMALLEST_LEVEL_PX = 512
-KINDS = ("tif", "ome", "universal")
 _IMAGE_DESCRIPTION = 270
 
 

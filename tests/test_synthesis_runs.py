@@ -62,17 +62,16 @@ def test_what_was_denoised_is_not_denoised_again_when_decoding_fails(
     model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, out, state = tmp_path / "whole.tif", tmp_path / "out.tif", tmp_path / "state"
-    for order in ("plain", "wavefront"):
-        make(model, whole, overwrite=True)
-        with monkeypatch.context() as patch:
-            patch.setattr(synthesis.Plan, "decode", lambda *_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                make(model, out, state=state, order=order, overwrite=True)
-        with monkeypatch.context() as patch:
-            patch.setattr(type(model.unet), "forward", lambda *_: 1 / 0)
-            make(model, out, state=state, order=order, overwrite=True)
-        assert out.read_bytes() == whole.read_bytes()
-        assert not state.exists()
+    make(model, whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesis.Plan, "decode", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(model, out, state=state, order="plain")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.unet), "forward", lambda *_: 1 / 0)
+        make(model, out, state=state, order="plain")
+    assert out.read_bytes() == whole.read_bytes()
+    assert not state.exists()
 
 
 def test_the_orders_write_the_same_file(model: LatentDiffusion, tmp_path: Path) -> None:
@@ -188,7 +187,7 @@ def test_the_command_stops_on_ctrl_c_and_goes_on_when_given_again(
     assert len(calls) == 4
     assert not out.exists()
     assert main([*words, str(out), "--seed", "1"]) == 2
-    assert "seed is [0] there and [1] here" in capsys.readouterr().err
+    assert "seed is 0 there and 1 here" in capsys.readouterr().err
     assert main([*words, str(out), "--resume"]) == 0
     assert out.read_bytes() == (tmp_path / "whole.tif").read_bytes()
     assert not Path(f"{out}.state").exists()

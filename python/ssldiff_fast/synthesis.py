@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -20,11 +21,21 @@ from ssldiff_fast.canvas.noise import check_seed
 from ssldiff_fast.canvas.presets import Preset
 from ssldiff_fast.canvas.preview import PreviewFile
 from ssldiff_fast.canvas.sampler import ORDERS, StepCallback
-from ssldiff_fast.canvas.state import StateFolder, environment, going_on, remove_state
+from ssldiff_fast.canvas.state import (
+    StateFolder,
+    difference_of,
+    environment,
+    going_on,
+    remove_state,
+)
 from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.pipeline import STATISTICS, Background, PixelSink, needed
 from ssldiff_fast.slides.cog import Georeference
 from ssldiff_fast.slides.grid import Grid
-from ssldiff_fast.slides.output import check_output
+from ssldiff_fast.slides.output import RowWriter, atomic_bytes, check_output
+from ssldiff_fast.slides.raster import sidecar
+from ssldiff_fast.slides.writer_state import FILE
+from ssldiff_fast.slides.writer_state import remove_state as remove_writer_state
 from ssldiff_fast.slides.writers import check_out, open_writer
 from ssldiff_fast.synthesis_plan import (
     Geometry,
@@ -35,6 +46,9 @@ from ssldiff_fast.synthesis_plan import (
     settle,
     wanted_grid,
 )
+
+# A canvas with more bytes than this is denoised in the wavefront order.
+_WAVEFRONT_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ def synthesize(
     decoder: str | None = None,
     wrap: str | None = None,
     mask: bool = False,
-    order: str = "plain",
+    order: str = "auto",
     batch_size: int | Literal["auto"] = 16,
     format: str | None = None,
     georeference: Georeference | None = None,
@@ -112,7 +126,9 @@ def synthesize(
         wrap: "x", "y" or "both" makes an image that is tileable along it.
         mask: leave out windows without tissue (cells of the grid that are not valid): they become
             glass, and cost nothing. Without it the model paints them.
-        order: "plain", or "wavefront", which finishes the first rows first and has the same bytes.
+        order: "plain", one step after another; "wavefront", which finishes the first rows first,
+            in memory that does not grow with the image, while they are decoded and written; the
+            bytes are the same. "auto" takes it for large canvases.
         batch_size: windows of one network call, at most; belongs to the recipe. "auto" takes the
             fastest that fits into memory, by a short measurement before the run starts.
         format, georeference, codec, quality: of the file, as for `slides.open_writer`.
@@ -145,9 +161,11 @@ def synthesize(
     if batch_size != "auto":
         batch_size = check_count("batch_size", batch_size, call="synthesize")
     seed = check_seed(seed)
-    check_choice("order", order, ORDERS, call="synthesize")
+    check_choice("order", order, ("auto", *ORDERS), call="synthesize")
     # What is quickly known comes before the model, whose weights may take seconds to read.
-    check_out(out, format=format, overwrite=overwrite)
+    # An output may be there from the run that is gone on with; that is looked at below.
+    going = state is not None and _Kept.of(state).there
+    check_out(out, format=format, overwrite=overwrite or going)
     if preview is not None:
         check_output(preview, overwrite=True)
     cells = opened_grid(grid)
@@ -176,42 +194,156 @@ def synthesize(
         "metadata": metadata,
         "overwrite": overwrite,
     }
-    with (
-        _kept(state, resume) as states,
-        open_writer(out, width, height, plan.mpp, **options) as writer,
-    ):
-        start = time.perf_counter()
-        canvas = plan.denoise(
-            seed, order=order, state=states, resume=resume, callback=callback, progress=progress
-        )
-        denoised = time.perf_counter()
-        for band in plan.decode([canvas], progress):
-            writer.write_rows(band)
+    in_order = _settle_order(order, plan, callback)
+    with _kept(state, resume) as kept:
+        if kept is not None:
+            options["metadata"] = kept.metadata(metadata)
+            options["state"] = kept.writer
+            if going and kept.has_written(out):  # and was killed before it could say so
+                seconds = {"denoise": 0.0, "decode and write": 0.0}
+                made = (Path(out), plan.size_px, plan.mpp, seconds, recipe, seed)
+                return Synthesis(*made, *plan.evaluations())
+        with (
+            open_writer(out, width, height, plan.mpp, **options) as writer,
+            _dropped_while_empty(writer),
+        ):
+            folder = None if kept is None else kept.folder.path
+            sink = PixelSink(plan, writer, folder, progress=progress)
+            shared: dict[str, Any] = {
+                "state": kept and kept.folder,
+                "resume": resume,
+                "progress": progress,
+            }
+            start = time.perf_counter()
+            if in_order == "wavefront":
+                rows = plan.rows(seed, durable=sink.durable, **shared)
+                with Background(sink.take) as background:
+                    for band in needed(rows, sink.first):
+                        background.put(band)
+                    denoised = time.perf_counter()
+            else:
+                canvas = plan.denoise(seed, callback=callback, **shared)
+                denoised = time.perf_counter()
+                sink.take([canvas[:, sink.first :]])
     seconds = {"denoise": denoised - start, "decode and write": time.perf_counter() - denoised}
     made = (Path(out), plan.size_px, plan.mpp, seconds, recipe, seed)
     return Synthesis(*made, *plan.evaluations())
 
 
+def _settle_order(order: str, plan: Plan, callback: StepCallback | None) -> str:
+    """The order of a run; the bytes are the same in each."""
+    if order == "auto":
+        whole = callback is not None or plan.geometry.wraps[0]
+        return "wavefront" if plan.canvas_bytes > _WAVEFRONT_BYTES and not whole else "plain"
+    if order == "wavefront" and callback is not None:
+        raise ValueError(
+            "synthesize: a callback or preview needs the whole canvas of a step, which the "
+            "wavefront order never has; leave it out, or use order='plain'."
+        )
+    return order
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The folder of a run's state: the canvas's own, and beside it the writer's."""
+
+    folder: StateFolder
+
+    @classmethod
+    def of(cls, state: StateFolder | str | os.PathLike[str]) -> _Kept:
+        return cls(state if isinstance(state, StateFolder) else StateFolder(state))
+
+    @property
+    def there(self) -> bool:
+        """Whether there is a run to go on with."""
+        return self._about.exists()
+
+    @property
+    def writer(self) -> Path:
+        return self.folder.path / "writer"
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing that a run could go on from."""
+        return not (self.folder.files() or (self.writer / FILE).exists())
+
+    def has_written(self, out: str | os.PathLike[str]) -> bool:
+        """Whether the output has its name already, and nothing but the state is left to remove."""
+        if (self.writer / FILE).exists() or not Path(out).exists():
+            return False
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads(Path(sidecar(out)).read_text())
+            before = self._before() or {}
+            return all(said.get(name) == before.get(name) for name in ("seed", "recipe_hash"))
+        return False
+
+    @property
+    def _about(self) -> Path:
+        return self.folder.path / "metadata.json"
+
+    def metadata(self, metadata: dict[str, Any]) -> dict[str, Any]:
+        """What the file says of itself: when a run goes on, what it said where it began."""
+        before = self._before()
+        if before is None:
+            atomic_bytes(self._about, json.dumps(metadata).encode())
+            return metadata
+        here = json.loads(json.dumps({name: metadata[name] for name in ("seed", "recipe")}))
+        difference = difference_of({name: before.get(name) for name in here}, here)
+        if difference:
+            raise self.folder.of_another_run(difference)
+        return before
+
+    def _before(self) -> dict[str, Any] | None:
+        try:
+            return dict(json.loads(self._about.read_text()))
+        except (FileNotFoundError, ValueError):  # none, or damaged
+            return None
+
+    def forget(self) -> None:
+        """Removes everything of a run that is over, or is to begin anew."""
+        self.folder.clear()
+        for path in (self._about, self.folder.path / STATISTICS):
+            path.unlink(missing_ok=True)
+        remove_writer_state(self.writer)
+        with contextlib.suppress(OSError):
+            self.writer.rmdir()
+
+
 @contextlib.contextmanager
 def _kept(
     state: StateFolder | str | os.PathLike[str] | None, resume: bool | None
-) -> Iterator[StateFolder | None]:
-    """The state folder of the whole run, decoding included; removed when it ends well."""
+) -> Iterator[_Kept | None]:
+    """The state of the whole run, decoding and writing included; removed when it ends well."""
     if state is None:
         if resume:
             raise ValueError("synthesize: resume is True, but there is no state folder; pass it.")
         yield None
         return
-    folder = state if isinstance(state, StateFolder) else StateFolder(state)
-    with folder:
+    kept = _Kept.of(state)
+    with kept.folder:
+        if resume is False:
+            kept.forget()
         try:
-            yield folder
-        except KeyboardInterrupt as stop:
-            if str(stop) or not folder.files():
-                raise
-            raise Interrupted(going_on(folder)) from None
-        folder.clear()
-    remove_state(folder.path)
+            yield kept
+        except BaseException as error:
+            if kept.is_empty:
+                kept.forget()
+            elif isinstance(error, KeyboardInterrupt) and not str(error):
+                raise Interrupted(going_on(kept.folder)) from None
+            raise
+        kept.forget()
+    remove_state(kept.folder.path)
+
+
+@contextlib.contextmanager
+def _dropped_while_empty(writer: RowWriter) -> Iterator[None]:
+    """A file without a row is not worth keeping when its run fails."""
+    try:
+        yield
+    except BaseException:
+        if writer.rows_written == 0:
+            writer.abort()
+        raise
 
 
 def _with_preview(

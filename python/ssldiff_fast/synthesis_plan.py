@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,18 @@ from ssldiff_fast.canvas.denoiser import CanvasDenoiser
 from ssldiff_fast.canvas.field import GridField
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.mask import TissueMask
-from ssldiff_fast.canvas.noise import canvas_noise
+from ssldiff_fast.canvas.noise import INITIAL_STEP, canvas_noise
 from ssldiff_fast.canvas.presets import Preset, get_preset
 from ssldiff_fast.canvas.sampler import StepCallback, sample
+from ssldiff_fast.canvas.stages import Rows
 from ssldiff_fast.canvas.state import StateFolder
 from ssldiff_fast.canvas.tile_decoder import Pixels
+from ssldiff_fast.canvas.wavefront import sample_rows
 from ssldiff_fast.encoders.spec import EncoderSpec
 from ssldiff_fast.models.conditioner import PatchRegionConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.models.local_autoencoder import Statistics
+from ssldiff_fast.ops import philox_normal
 from ssldiff_fast.ops.window_plan import window_strides
 from ssldiff_fast.slides.grid import Grid
 
@@ -171,19 +175,26 @@ class Plan:
         return cls(model, grid, preset, geometry, denoiser, decode, batch_size)
 
     @property
-    def _factor(self) -> int:
+    def factor(self) -> int:
+        """Pixels per latent along one side."""
         return self.model.downsample_factor
 
     @property
     def size_px(self) -> tuple[int, int]:
         """(width, height) of the image."""
         height, width = self.canvas_denoiser.size
-        return width * self._factor, height * self._factor
+        return width * self.factor, height * self.factor
+
+    @property
+    def canvas_bytes(self) -> int:
+        """Of the whole canvas, in float32."""
+        height, width = self.canvas_denoiser.size
+        return 4 * self.model.latent_channels * height * width
 
     @property
     def mpp(self) -> float:
         """Micrometres per pixel of the image: a cell of the grid becomes one window of it."""
-        return self.grid.mpp * self.grid.cell_px / (self.model.window[1] * self._factor)
+        return self.grid.mpp * self.grid.cell_px / (self.model.window[1] * self.factor)
 
     def recipe(self) -> dict[str, Any]:
         """Everything besides the seed that decides the bytes."""
@@ -217,13 +228,12 @@ class Plan:
         self,
         seed: int,
         *,
-        order: str,
         state: StateFolder | None,
         resume: bool | None,
         callback: StepCallback | None,
         progress: bool,
     ) -> Tensor:
-        """The denoised canvas [C, H, W]."""
+        """The denoised canvas [C, H, W], in the plain order."""
         # The canvas lives where the network does, and so do the averages and the solver's steps.
         device = next(self.model.unet.parameters()).device
         size = self.canvas_denoiser.size
@@ -236,7 +246,6 @@ class Plan:
             spacing=self.preset.spacing,
             eta=self.preset.eta,
             seed=seed,
-            order=order,
             state=state,
             resume=resume,
             recipe=self.recipe(),
@@ -251,16 +260,71 @@ class Plan:
         counts = [self.canvas_denoiser.evaluations(n, t) for n, t in enumerate(times)]
         return sum(done for done, _ in counts), sum(saved for _, saved in counts)
 
-    def decoder(self) -> RowDecoder:
+    def rows(
+        self,
+        seed: int,
+        *,
+        state: StateFolder | None,
+        resume: bool | None,
+        durable: Callable[[], int],
+        progress: bool,
+    ) -> Iterator[Rows]:
+        """Rows [C, n, W] of the denoised canvas as they become final, in the wavefront order."""
+        width, channels = self.canvas_denoiser.size[1], self.model.latent_channels
+        device = next(self.model.unet.parameters()).device
+
+        def noise(begin: int, end: int) -> Tensor:
+            return philox_normal(
+                seed, channels, (begin, end), width, step=INITIAL_STEP, device=device
+            )
+
+        return sample_rows(
+            self.canvas_denoiser,
+            noise,
+            schedule=self.model.schedule,
+            solver=self.preset.solver,
+            steps=self.preset.steps,
+            spacing=self.preset.spacing,
+            eta=self.preset.eta,
+            seed=seed,
+            state=state,
+            resume=resume,
+            recipe=self.recipe(),
+            durable=durable,
+            progress=progress,
+        )
+
+    def decoder(self, statistics: Statistics | None = None) -> RowDecoder:
         """What makes pixels of the canvas, continued round its ends where it is tileable."""
         size = [side + 2 * pad for side, pad in zip(self.canvas_denoiser.size, self._pads)]
-        return open_decoder(self.model, (size[0], size[1]), self.decode_settings)
+        return open_decoder(
+            self.model, (size[0], size[1]), self.decode_settings, statistics=statistics
+        )
 
-    def decode(self, bands: Iterable[Tensor], progress: bool) -> Iterator[Pixels]:
-        """Bands of pixel rows of bands [C, n, W] of the canvas."""
-        decoded = self.decoder().decode(_continued(bands, self._pads), progress=progress)
-        top, left = (pad * self._factor for pad in self._pads)
-        return _cropped(decoded, top, left, *reversed(self.size_px))
+    def first_latent(self, decoder: RowDecoder, row: int) -> int:
+        """The first row of the canvas that pixels from latent row `row` down are made of."""
+        top = self._pads[0]
+        return 0 if top else decoder.first_latent(row)
+
+    def decode(
+        self, bands: Iterable[Tensor], *, decoder: RowDecoder, begin: int, progress: bool
+    ) -> Iterator[Pixels]:
+        """Bands of pixel rows from latent row `begin` down.
+
+        Args:
+            bands: [C, n, W], the canvas from row `first_latent(begin)` down.
+            decoder: what `decoder` returned.
+            begin: the first row of latents whose pixels are wanted.
+            progress: show a progress bar.
+        """
+        top, left = self._pads
+        whole = _continued(bands, self._pads)
+        if top:  # all rows are there, from `top` rows above the first
+            whole = (band[:, decoder.first_latent(begin + top) :] for band in whole)
+        decoded = decoder.decode(whole, begin=begin + top, progress=progress)
+        width, height = self.size_px
+        left *= self.factor
+        return _cropped(decoded, height - begin * self.factor, left, width)
 
     @property
     def _pads(self) -> tuple[int, int]:
@@ -288,14 +352,11 @@ def _tiles_at_once(model: LatentDiffusion, batch_size: int) -> int:
     return min(batch_size, CPU_TILES) if on_cpu else batch_size
 
 
-def _cropped(
-    bands: Iterator[Pixels], top: int, left: int, height: int, width: int
-) -> Iterator[Pixels]:
-    """The rows `top` to `top + height` of bands, and of each the columns after `left`."""
-    row = 0
+def _cropped(bands: Iterator[Pixels], height: int, left: int, width: int) -> Iterator[Pixels]:
+    """The first `height` rows of bands, and of each the columns after `left`."""
     for band in bands:
-        inside = band[max(0, top - row) : max(0, top + height - row), left : left + width]
-        row += len(band)
+        inside = band[:height, left : left + width]
+        height -= len(inside)
         if len(inside):
             yield inside
 

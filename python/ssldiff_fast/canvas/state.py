@@ -95,7 +95,7 @@ class StateFolder:
                 f"the state folder {self.path} cannot be used ({error.strerror}): choose another "
                 "folder"
             ) from None
-        for part in self.path.glob("*.part"):  # of a run that was killed while it wrote
+        for part in _unfinished(self.path):
             part.unlink(missing_ok=True)
         self._start = time.perf_counter()
         return self
@@ -163,15 +163,19 @@ class StateFolder:
         if not whole:
             logger.warning("state: %s is damaged; the one before is used", file)
             return None
-        difference = _difference(header["recipe"], self._recipe)
+        difference = difference_of(header["recipe"], self._recipe)
         if difference or header["format"] != _FORMAT:
-            raise ValueError(
-                f"the state folder {self.path} belongs to another run ({difference}): go on with "
-                "that run's settings, choose another folder, or start over with resume=False "
-                "(command line: --no-resume)"
-            )
+            raise self.of_another_run(difference)
         _warn_of_environment(header["environment"])
         return Snapshot(tensors, header["numbers"])
+
+    def of_another_run(self, difference: str) -> ValueError:
+        """The error that refuses a state of other settings."""
+        return ValueError(
+            f"the state folder {self.path} belongs to another run ({difference}): go on with "
+            "that run's settings, choose another folder, or start over with resume=False "
+            "(command line: --no-resume)"
+        )
 
     def due(self, size: int) -> bool:
         """Whether a state of `size` bytes may be written now, within the share of the time."""
@@ -262,10 +266,15 @@ def going_on(folder: StateFolder) -> str:
 def remove_state(path: str | os.PathLike[str]) -> None:
     """Removes a state folder of a run that is over, and nothing that is not a state's."""
     folder = Path(path)
-    for file in [*folder.glob("state-*.safetensors"), *folder.glob("*.part"), folder / "lock"]:
+    for file in [*folder.glob("state-*.safetensors"), *_unfinished(folder), folder / "lock"]:
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What a run that was killed while it wrote has left; safetensors writes to .tmp first."""
+    return [*folder.glob("*.part"), *folder.glob(".tmp*")]
 
 
 def _number_of(file: Path) -> int:
@@ -293,11 +302,11 @@ def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
     return digest.hexdigest()
 
 
-def _difference(there: Any, here: Any, name: str = "") -> str:
+def difference_of(there: Any, here: Any, name: str = "") -> str:
     """The first setting in which two recipes differ, in words; empty where they are equal."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in [*there, *(key for key in here if key not in there)]:
-            found = _difference(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+            found = difference_of(there.get(key), here.get(key), f"{name}.{key}" if name else key)
             if found:
                 return found
         return ""
@@ -320,7 +329,7 @@ def environment() -> dict[str, Any]:
 
 
 def _warn_of_environment(there: Mapping[str, Any]) -> None:
-    difference = _difference(dict(there), environment())
+    difference = difference_of(dict(there), environment())
     if difference:
         logger.warning(
             "state: it was written elsewhere (%s), where the network may round differently; "

@@ -66,7 +66,7 @@ class BatchSize(click.IntRange):
 @click.option("--decode-stride", type=int, help="Stride of the reference decoder's tiles.")
 @click.option("--wrap", type=click.Choice(["x", "y", "both"]), help="Tileable along it.")
 @click.option("--mask/--no-mask", help="Leave out windows without tissue: glass at no cost.")
-@click.option("--order", type=click.Choice(ORDERS), default="plain", show_default=True)
+@click.option("--order", type=click.Choice(("auto", *ORDERS)), default="auto", show_default=True)
 @click.option(
     "--batch-size",
     type=BatchSize(),
@@ -149,7 +149,7 @@ def command(
         "guidance_interval": guidance_interval,
         "wrap": wrap,
         "mask": mask or None,
-        "order": None if order == "plain" else order,
+        "order": None if order == "auto" else order,
         "state": state,
         "no_state": no_state or None,
         "resume": resume,

@@ -11,11 +11,14 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
@@ -50,7 +53,11 @@ class FixedGroupNorm(nn.Module):
         self,
         x: Tensor,  # [B, C, ...]
     ) -> Tensor:  # like x
-        return self.norm(x, statistics=self.statistics)
+        given = self.statistics
+        if given.mean.device != x.device:
+            mean, m2 = given.mean.to(x.device), given.m2.to(x.device)
+            given = self.statistics = GroupNormStatistics(mean, m2, given.count)
+        return self.norm(x, statistics=given)
 
 
 class WindowedAttention(nn.Module):
@@ -122,6 +129,29 @@ def measure_statistics(
     return {name: GroupNormStatistics.combine(given) for name, given in parts.items()}
 
 
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Write statistics to a safetensors file, which is there whole or not at all."""
+    tensors = {}
+    for name, given in statistics.items():
+        tensors[f"{name}.mean"] = given.mean.cpu().contiguous()
+        tensors[f"{name}.variance"] = given.variance.cpu().contiguous()
+    part = path.with_suffix(".part")
+    save_file(tensors, part)
+    os.replace(part, path)
+
+
+def load_statistics(path: Path) -> dict[str, GroupNormStatistics]:
+    """Read what `save_statistics` wrote."""
+    tensors = load_file(path)
+    names = [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]
+    return {
+        name: GroupNormStatistics.from_variance(
+            tensors[f"{name}.mean"], tensors[f"{name}.variance"]
+        )
+        for name in names
+    }
+
+
 def local_autoencoder(
     vae: nn.Module, statistics: Statistics, window: tuple[int, int] | None
 ) -> nn.Module:
@@ -168,52 +198,26 @@ def receptive_halo(vae: Any, channels: int) -> int:
     """
     if not isinstance(vae, VQModel | AutoencoderKL):
         return _traced(copy.deepcopy(vae).cpu().double().decode, channels)
-    return _traced_build(_kind(vae), json.dumps(vae.config(), sort_keys=True), channels, 0)
+    kind = "kl" if isinstance(vae, AutoencoderKL) else "vq"
+    return _traced_build(kind, json.dumps(vae.config(), sort_keys=True), channels)
 
 
-def encoder_halo(vae: Any) -> int:
-    """How far around a latent's own pixels the pixels lie that it depends on, in pixels.
-
-    Found as `receptive_halo` is.
-
-    Args:
-        vae: an autoencoder with `encode` and `downsample_factor`.
-
-    Raises:
-        ValueError: the network reaches further than a window could.
-    """
-    factor = int(vae.downsample_factor)
-    if not isinstance(vae, VQModel | AutoencoderKL):
-        return _traced(copy.deepcopy(vae).cpu().double().encode, 3, factor)
-    channels = vae.ddconfig["in_channels"]
-    return _traced_build(_kind(vae), json.dumps(vae.config(), sort_keys=True), channels, factor)
-
-
-def _kind(vae: VQModel | AutoencoderKL) -> str:
-    return "kl" if isinstance(vae, AutoencoderKL) else "vq"
-
-
-def _traced(network: Callable[[Tensor], Tensor], channels: int, factor: int = 1) -> int:
-    """The reach of a network, in steps of its input, of which `factor` make a latent."""
+def _traced(network: Callable[[Tensor], Tensor], channels: int) -> int:
     generator = torch.Generator().manual_seed(0)
-    for side in (factor * side for side in _SIDES):
-        x = torch.randn(_TRIALS, channels, side, side, generator=generator, dtype=torch.float64)
-        reach = _reach(network, x)
-        if reach < side // 2 - factor:
+    for side in _SIDES:
+        z = torch.randn(_TRIALS, channels, side, side, generator=generator, dtype=torch.float64)
+        reach = _reach(network, z)
+        if reach < side // 2 - 1:
             return reach
     raise ValueError(
-        f"receptive_halo: this autoencoder reaches {_SIDES[-1] // 2} latents far or more; use the "
-        "reference way."
+        f"receptive_halo: a latent's pixels depend on latents {_SIDES[-1] // 2} and more away; use "
+        "the reference decoder."
     )
 
 
 @functools.lru_cache
-def _traced_build(kind: str, config: str, channels: int, factor: int) -> int:
-    """Of a network of this build with few channels, without what sees the whole input.
-
-    Of its encoder where `factor`, the pixels of a latent along one side, is given; of its decoder
-    where it is 0.
-    """
+def _traced_build(kind: str, config: str, channels: int) -> int:
+    """Of a network of this build with few channels, without what sees the whole input."""
     arguments = json.loads(config)
     ddconfig = arguments["ddconfig"]
     levels = len(ddconfig["ch_mult"])
@@ -231,25 +235,20 @@ def _traced_build(kind: str, config: str, channels: int, factor: int) -> int:
         for name, module in thin.named_modules()
         if isinstance(module, GroupNormSiLU)
     }
-    local: Any = local_autoencoder(thin, fixed, None)
-    if factor:
-        return _traced(local.encode, channels, factor)
     # Codes have no gradient; each latent has its own, so the halo is that of the decoder.
+    local: Any = local_autoencoder(thin, fixed, None)
     return _traced(functools.partial(local.decode, quantize=False), channels)
 
 
 @torch.enable_grad()
-def _reach(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """How far around the middle one, along an axis, the inputs lie that its outputs depend on."""
-    x.requires_grad_()
-    made = network(x)
-    # One latent: `inner` steps of the input, `outer` of the output.
-    sides = x.shape[-1], made.shape[-1]
-    inner, outer = max(1, sides[0] // sides[1]), max(1, sides[1] // sides[0])
-    middle = x.shape[-1] // inner // 2
-    here = slice(middle * outer, (middle + 1) * outer)
-    made[..., here, here].square().sum().backward()
-    assert x.grad is not None
-    touched = (x.grad != 0).any(0).any(0).nonzero()
-    before, after = middle * inner - touched, touched - ((middle + 1) * inner - 1)
-    return int(torch.maximum(before, after).max())
+def _reach(decode: Callable[[Tensor], Tensor], z: Tensor) -> int:
+    """The farthest latent, along an axis, that the pixels of the middle one depend on."""
+    z.requires_grad_()
+    side, middle = z.shape[-1], z.shape[-1] // 2
+    image = decode(z)
+    factor = image.shape[-1] // side
+    here = slice(middle * factor, (middle + 1) * factor)
+    image[..., here, here].square().sum().backward()
+    assert z.grad is not None
+    touched = (z.grad != 0).any(0).any(0).nonzero() - middle
+    return int(touched.abs().max())

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kills whole syntheses with SIGKILL at random moments: `python pipeline_kills.py FOLDER KILLS`.
+
+Prints one JSON object: kills, how often a run found rows already written, and the digests of each
+kind of run with and without kills. PyTorch is imported once, and each run is a fork.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ssldiff_fast as sf
+from ssldiff_fast import pipeline
+from ssldiff_fast.canvas import StateFolder
+from ssldiff_fast.models.local_autoencoder import receptive_halo
+from tiny_models import tiny_grid, tiny_model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "wavefront.tif": {"order": "wavefront", "decoder": "local"},
+    "plain.png": {"order": "plain", "decoder": "reference"},
+}
+
+
+MODEL = tiny_model()
+
+
+def run(out: Path, settings: dict[str, Any], state: Path | None) -> None:
+    folder = None if state is None else StateFolder(state, share=float("inf"))
+    options: dict[str, Any] = {"steps": 2, "progress": False, "batch_size": 8, **settings}
+    sf.synthesize(MODEL, tiny_grid(MODEL, 8, 2), out, state=folder, **options)
+
+
+def forked(out: Path, settings: dict[str, Any], state: Path | None, seconds: float | None) -> bool:
+    """Whether the run ended before it was killed after `seconds`."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            run(out, settings, state)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return False
+    if status:
+        raise RuntimeError("a run failed")
+    return True
+
+
+def main(folder: Path, kills: int) -> None:
+    torch.set_num_threads(1)
+    random.seed(0)
+    # States as often as there is something to save.
+    pipeline._SECONDS, pipeline._SPACING = 0.0, 0.0
+    receptive_halo(MODEL.vae, 3)  # traced once, for all forks
+    report: dict[str, Any] = {"kills": 0, "written before": 0, "digests": {}}
+    for name, settings in KINDS.items():
+        whole = folder / f"whole.{name}"
+        start = time.perf_counter()
+        forked(whole, settings, None, None)
+        seconds = time.perf_counter() - start
+        digests = [hashlib.sha256(whole.read_bytes()).hexdigest()]
+        killed = 0
+        while killed < kills // len(KINDS):
+            out, state = folder / f"{killed}.{name}", folder / "state"
+            in_this_run = 0
+            while not forked(
+                out, settings, state, random.uniform(0.02, seconds) if in_this_run < 5 else None
+            ):
+                report["written before"] += (state / "writer" / "writer.npz").exists()
+                killed += 1
+                in_this_run += 1
+            digests.append(hashlib.sha256(out.read_bytes()).hexdigest())
+        report["digests"][name] = digests
+        report["kills"] += killed
+    report["left"] = sorted(
+        path.name for path in folder.iterdir() if path.name.startswith((".", "state"))
+    )
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -13,6 +13,7 @@
 
 #include "../include/half.h"
 #include "dispatch.h"
+#include "vectors.h"
 
 namespace ssldiff {
 
@@ -227,6 +228,17 @@ struct Constant {
   Acc value;
 };
 
+// A vector of coefficients, from element i of a row on.
+template <int kBytes, typename Acc>
+SSLDIFF_INLINE Vector<Acc, kBytes> lanes_at(const Acc* row, int64_t i) {
+  return load_lanes<Acc, kBytes>(row + i);
+}
+
+template <int kBytes, typename Acc>
+SSLDIFF_INLINE Vector<Acc, kBytes> lanes_at(Constant<Acc> row, int64_t) {
+  return repeat<kBytes>(row.value);
+}
+
 // A unit of channels-last maps as rows of equal width, with a coefficient for each element of a
 // row. Positions of few channels are joined to one row, so that the inner loop is long.
 template <typename Acc>
@@ -284,14 +296,14 @@ struct WholeSamples {
   const Body& body;
 
   template <typename Bytes>
-  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes) const {
+  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes bytes) const {
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t u = 0; u < body.shape.units; ++u) {
-        body.first_pass(n, u);
+        body.first_pass(n, u, bytes);
       }
       body.between(n);
       for (int64_t u = 0; u < body.shape.units; ++u) {
-        body.second_pass(n, u);
+        body.second_pass(n, u, bytes);
       }
     }
   }
@@ -303,21 +315,21 @@ struct OnePass {
   int64_t sample;
 
   template <typename Bytes>
-  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes) const {
+  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes bytes) const {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = sample + i / body.shape.units;
       if constexpr (kSecond) {
-        body.second_pass(n, i % body.shape.units);
+        body.second_pass(n, i % body.shape.units, bytes);
       } else {
-        body.first_pass(n, i % body.shape.units);
+        body.first_pass(n, i % body.shape.units, bytes);
       }
     }
   }
 };
 
-// Runs body.first_pass(n, unit) for all units of a sample, body.between(n), then
-// body.second_pass(n, unit), with as few samples in flight as keep the threads busy, so that the
-// second pass finds its sample in a cache. The order changes no bits.
+// Runs body.first_pass(n, unit, VectorBytes) for all units of a sample, body.between(n), then
+// body.second_pass(n, unit, VectorBytes), with as few samples in flight as keep the threads busy,
+// so that the second pass finds its sample in a cache. The order changes no bits.
 template <typename Body>
 void run_passes(const Body& body, int64_t sample_bytes) {
   constexpr int64_t kWholeBytes = 4 << 20;  // a sample that one thread's caches hold, about

@@ -28,10 +28,12 @@ struct GroupNormSilu {
   Acc* lines;  // [N, 3, C]
   double eps;
   bool given, dense;
+  bool streams;  // whether the output is larger than the caches
 
-  SSLDIFF_INLINE void first_pass(int64_t n, int64_t u) const {
+  template <int kBytes>
+  SSLDIFF_INLINE void first_pass(int64_t n, int64_t u, VectorBytes<kBytes>) const {
     if (!given) {
-      statistics.measure(n, u);
+      statistics.template measure<kBytes>(n, u);
     }
   }
 
@@ -58,7 +60,16 @@ struct GroupNormSilu {
                     lines + 3 * n * shape.channels);
   }
 
-  SSLDIFF_INLINE void second_pass(int64_t n, int64_t u) const {
+  template <int kBytes>
+  SSLDIFF_INLINE void second_pass(int64_t n, int64_t u, VectorBytes<kBytes>) const {
+    apply_unit<kBytes>(n, u);
+    if (streams) {
+      stream_fence();
+    }
+  }
+
+  template <int kBytes>
+  SSLDIFF_INLINE void apply_unit(int64_t n, int64_t u) const {
     const Unit unit = shape.unit(u);
     const Acc* table = lines + 3 * n * shape.channels;
     const T* from = statistics.x.at(n, unit);
@@ -66,9 +77,9 @@ struct GroupNormSilu {
     if (shape.planes()) {
       for (int64_t c = 0; c < unit.channels; ++c) {
         const Acc* line = table + unit.channel + c;
-        apply(from + c * statistics.x.stride_c, Constant<Acc>{line[0]},
-              Constant<Acc>{line[shape.channels]}, Constant<Acc>{line[2 * shape.channels]},
-              unit.size, to + c * out.stride_c);
+        apply<kBytes>(from + c * statistics.x.stride_c, Constant<Acc>{line[0]},
+                      Constant<Acc>{line[shape.channels]}, Constant<Acc>{line[2 * shape.channels]},
+                      unit.size, to + c * out.stride_c);
       }
       return;
     }
@@ -76,17 +87,42 @@ struct GroupNormSilu {
     const int64_t step = rows.step(statistics.x.stride_l), out_step = rows.step(out.stride_l);
     for (int64_t row = 0; row <= rows.count; ++row) {
       const int64_t width = row < rows.count ? rows.width : rows.tail;
-      apply(from + row * step, rows.kind(0), rows.kind(1), rows.kind(2), width,
-            to + row * out_step);
+      apply<kBytes>(from + row * step, rows.kind(0), rows.kind(1), rows.kind(2), width,
+                    to + row * out_step);
     }
   }
 
-  template <typename Row>
-  SSLDIFF_INLINE static void apply(const T* __restrict x, const Row center, const Row slope,
-                                   const Row offset, int64_t width, T* __restrict to) {
-    for (int64_t i = 0; i < width; ++i) {
-      const Acc value = (widen(x[i]) - center[i]) * slope[i] + offset[i];
-      to[i] = narrow<T>(kSilu ? silu<T>(value) : value);
+  // Of an element, or of a vector of them.
+  template <typename Values>
+  SSLDIFF_INLINE static Values normed(Values x, Values center, Values slope, Values offset) {
+    const Values value = (x - center) * slope + offset;
+    if constexpr (kSilu) {
+      return silu<T>(value);
+    } else {
+      return value;
+    }
+  }
+
+  template <int kBytes, typename Row>
+  SSLDIFF_INLINE void apply(const T* x, const Row center, const Row slope, const Row offset,
+                            int64_t width, T* to) const {
+    int64_t i = 0;
+    if constexpr (std::is_same_v<Acc, float>) {
+      constexpr int kParts = sizeof(Acc) / sizeof(T);
+      constexpr int kLanes = kBytes / static_cast<int>(sizeof(Acc));
+      const bool past = streams && reinterpret_cast<uintptr_t>(to) % kBytes == 0;
+      for (; i + kParts * kLanes <= width; i += kParts * kLanes) {
+        Vector<Acc, kBytes> made[kParts];
+        for (int part = 0; part < kParts; ++part) {
+          const int64_t at = i + part * kLanes;
+          made[part] = normed(widen_lanes<kBytes, Acc>(x + at), lanes_at<kBytes>(center, at),
+                              lanes_at<kBytes>(slope, at), lanes_at<kBytes>(offset, at));
+        }
+        store_vector<kBytes>(to + i, narrow_lanes<kBytes, T, Acc>(made), past);
+      }
+    }
+    for (; i < width; ++i) {
+      to[i] = narrow<T>(normed<Acc>(widen(x[i]), center[i], slope[i], offset[i]));
     }
   }
 };
@@ -104,6 +140,8 @@ void launch(const Tensor& x, const Tensor& out, MapLayout layout, int64_t groups
   const GroupStatistics<T, Acc> statistics(shape, MapPointer<const T>(x, maps), parameters.add);
   std::vector<Acc> lines(3 * shape.samples * shape.channels);
   const bool dense = maps.stride_l == shape.channels && out_maps.stride_l == shape.channels;
+  const int64_t sample_bytes = shape.channels * shape.positions * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = shape.samples * sample_bytes;
   const auto run = [&](auto with_silu) {
     const GroupNormSilu<T, Acc, decltype(with_silu)::value> body{
         shape,
@@ -115,8 +153,9 @@ void launch(const Tensor& x, const Tensor& out, MapLayout layout, int64_t groups
         lines.data(),
         eps,
         given.given,
-        dense};
-    run_passes(body, shape.channels * shape.positions * static_cast<int64_t>(sizeof(T)));
+        dense,
+        bytes >= kStreamBytes};
+    run_passes(body, sample_bytes);
   };
   if (silu) {
     run(std::true_type());
@@ -176,7 +215,10 @@ struct StatisticsAlone {
   Acc* mean;  // [N, G]
   Acc* m2;    // [N, G]
 
-  SSLDIFF_INLINE void first_pass(int64_t n, int64_t u) const { statistics.measure(n, u); }
+  template <int kBytes>
+  SSLDIFF_INLINE void first_pass(int64_t n, int64_t u, VectorBytes<kBytes>) const {
+    statistics.template measure<kBytes>(n, u);
+  }
 
   SSLDIFF_INLINE void between(int64_t n) const {
     for (int64_t g = 0; g < shape.groups; ++g) {
@@ -186,7 +228,8 @@ struct StatisticsAlone {
     }
   }
 
-  SSLDIFF_INLINE void second_pass(int64_t, int64_t) const {}
+  template <typename Bytes>
+  SSLDIFF_INLINE void second_pass(int64_t, int64_t, Bytes) const {}
 };
 
 std::tuple<Tensor, Tensor> group_norm_statistics(Tensor x, int64_t groups) {

@@ -59,7 +59,8 @@ struct GroupNormSiluBackward {
     parameters.line(n, values.data(), values.data() + shape.channels, shape.channels, table(n));
   }
 
-  SSLDIFF_INLINE void first_pass(int64_t n, int64_t u) const {
+  template <typename Bytes>
+  SSLDIFF_INLINE void first_pass(int64_t n, int64_t u, Bytes) const {
     const Unit unit = shape.unit(u);
     const T *from = x.at(n, unit), *from_grad = grad.at(n, unit);
     T* to = grad_x.at(n, unit);
@@ -189,7 +190,8 @@ struct GroupNormSiluBackward {
     }
   }
 
-  SSLDIFF_INLINE void second_pass(int64_t n, int64_t u) const {
+  template <typename Bytes>
+  SSLDIFF_INLINE void second_pass(int64_t n, int64_t u, Bytes) const {
     const Unit unit = shape.unit(u);
     const T *from = x.at(n, unit), *from_grad = grad.at(n, unit);
     T* to = grad_x.at(n, unit);

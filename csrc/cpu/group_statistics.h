@@ -2,6 +2,7 @@
 // Mean and sum of squared deviations of each group, by a method that does not cancel.
 #pragma once
 
+#include <cstring>
 #include <vector>
 
 #include "group_norm.h"
@@ -32,17 +33,18 @@ struct GroupStatistics {
   }
 
   // The moments of x + add over one unit.
+  template <int kBytes>
   SSLDIFF_INLINE void measure(int64_t n, int64_t u) const {
     const Unit unit = shape.unit(u);
     const T* data = x.at(n, unit);
     if (shape.planes()) {
-      partials(n)[u] = unit.size < kSmallPlane ? planes<kFewLanes>(data, n, unit)
-                                               : planes<kManyLanes>(data, n, unit);
+      partials(n)[u] = unit.size < kSmallPlane ? planes<kBytes, kFewLanes>(data, n, unit)
+                                               : planes<kBytes, kManyLanes>(data, n, unit);
       return;
     }
     std::vector<Acc> sums(2 * shape.channels);
     const int64_t channels = shape.channels;
-    lanes(data, x.stride_l, unit.size, channels, sums.data());
+    lanes<kBytes>(data, x.stride_l, unit.size, channels, sums.data());
     const Acc* added = add.of(n);
     const auto rows = static_cast<double>(unit.size);
     for (int64_t g = 0; g < shape.groups; ++g) {
@@ -88,50 +90,82 @@ struct GroupStatistics {
 
   // A unit of planes fits into the caches, so it is read twice: its mean first, then the deviations
   // from that, whose own mean corrects it (Chan, Golub, LeVeque 1983, equation 1.7).
-  template <int64_t kLanes>
+  template <int kBytes, int64_t kLanes>
   SSLDIFF_INLINE Moments planes(const T* data, int64_t n, const Unit& unit) const {
     const auto count = static_cast<double>(unit.channels * unit.size);
     const Acc* added = add.of(n) + unit.channel;
-    Acc total[kLanes] = {}, squares[kLanes] = {}, unused[kLanes] = {};
+    LaneSums<kBytes, kLanes> first, second;
     for (int64_t c = 0; c < unit.channels; ++c) {
-      deviations<kLanes>(data + c * x.stride_c, unit.size, -added[c], total, unused);
+      first.template add<false>(data + c * x.stride_c, unit.size, -added[c]);
     }
-    const Acc pilot = static_cast<Acc>(static_cast<double>(fold<kLanes>(total)) / count);
-    std::fill_n(total, kLanes, Acc(0));
+    const Acc pilot = static_cast<Acc>(static_cast<double>(folded<kLanes>(first.total)) / count);
     for (int64_t c = 0; c < unit.channels; ++c) {
-      deviations<kLanes>(data + c * x.stride_c, unit.size, pilot - added[c], total, squares);
+      second.template add<true>(data + c * x.stride_c, unit.size, pilot - added[c]);
     }
-    const auto rest = static_cast<double>(fold<kLanes>(total));
-    const auto m2 = static_cast<double>(fold<kLanes>(squares));
+    const auto rest = static_cast<double>(folded<kLanes>(second.total));
+    const auto m2 = static_cast<double>(folded<kLanes>(second.squares));
     return {count, static_cast<double>(pilot) + rest / count, m2 - rest * rest / count};
   }
 
-  template <int64_t kLanes>
-  SSLDIFF_INLINE static void deviations(const T* __restrict data, int64_t size, Acc pilot,
-                                        Acc* __restrict total, Acc* __restrict squares) {
-    int64_t first = 0;
-    for (; first + kLanes <= size; first += kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const Acc d = widen(data[first + i]) - pilot;
-        total[i] += d;
-        squares[i] += d * d;
+  template <int64_t kLanes, typename Vectors>
+  SSLDIFF_INLINE static Acc folded(const Vectors& vectors) {
+    Acc lanes[kLanes];
+    std::memcpy(lanes, vectors, sizeof(lanes));
+    return fold<kLanes>(lanes);
+  }
+
+  // Sums of deviations and of their squares, value i of a plane in lane i % kLanes.
+  template <int kBytes, int64_t kLanes>
+  struct LaneSums {
+    static constexpr int64_t kWidth = kBytes / static_cast<int64_t>(sizeof(Acc));
+    static constexpr int64_t kVectors = kLanes / kWidth;
+
+    Vector<Acc, kBytes> total[kVectors] = {}, squares[kVectors] = {};
+
+    template <bool kSquares>
+    SSLDIFF_INLINE void add(const T* data, int64_t size, Acc pilot) {
+      const Vector<Acc, kBytes> from = repeat<kBytes>(pilot);
+      int64_t first = 0;
+      for (; first + kLanes <= size; first += kLanes) {
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const auto d = widen_lanes<kBytes, Acc>(data + first + v * kWidth) - from;
+          total[v] += d;
+          if constexpr (kSquares) {
+            squares[v] += d * d;
+          }
+        }
+      }
+      if (first < size) {
+        add_rest<kSquares>(data + first, size - first, pilot);
       }
     }
-    for (int64_t i = 0; first + i < size; ++i) {
-      const Acc d = widen(data[first + i]) - pilot;
-      total[i] += d;
-      squares[i] += d * d;
+
+    template <bool kSquares>
+    SSLDIFF_INLINE void add_rest(const T* data, int64_t size, Acc pilot) {
+      Acc sum[kLanes], square[kLanes];
+      std::memcpy(sum, total, sizeof(sum));
+      std::memcpy(square, squares, sizeof(square));
+      for (int64_t i = 0; i < size; ++i) {
+        const Acc d = widen(data[i]) - pilot;
+        sum[i] += d;
+        if constexpr (kSquares) {
+          square[i] += d * d;
+        }
+      }
+      std::memcpy(total, sum, sizeof(sum));
+      std::memcpy(squares, square, sizeof(square));
     }
-  }
+  };
 
   // Adds to sums [2, lanes] the sum of each lane's distance from its first value, and the sum of
   // its squared deviations from its mean.
+  template <int kBytes>
   SSLDIFF_INLINE static void lanes(const T* data, int64_t stride, int64_t rows, int64_t width,
                                    Acc* sums) {
     int64_t row = 0;
     for (; row + kBlock <= rows; row += kBlock) {
       prefetch(data + (row + kBlock) * stride, std::min(kBlock * stride, (rows - row) * stride));
-      eight(data, data + row * stride, stride, row, width, sums, sums + width);
+      eight<kBytes>(data, data + row * stride, stride, row, width, sums, sums + width);
     }
     for (; row < rows; ++row) {
       single(data, data + row * stride, row, width, sums, sums + width);
@@ -146,27 +180,47 @@ struct GroupStatistics {
   }
 
   // Eight rows: their own mean and deviations, then Chan's update of all before.
-  SSLDIFF_INLINE static void eight(const T* __restrict pilot, const T* __restrict block,
-                                   int64_t stride, int64_t before, int64_t width,
-                                   Acc* __restrict sum, Acc* __restrict m2) {
+  template <int kBytes>
+  SSLDIFF_INLINE static void eight(const T* pilot, const T* block, int64_t stride, int64_t before,
+                                   int64_t width, Acc* sum, Acc* m2) {
+    constexpr int64_t kWidth = kBytes / static_cast<int64_t>(sizeof(Acc));
     const Acc inverse = before > 0 ? Acc(1) / static_cast<Acc>(before) : Acc(0);
     const Acc share = static_cast<Acc>(before * kBlock) / static_cast<Acc>(before + kBlock);
-    for (int64_t i = 0; i < width; ++i) {
-      const Acc p = widen(pilot[i]);
-      const Acc v0 = widen(block[i]) - p, v1 = widen(block[i + stride]) - p;
-      const Acc v2 = widen(block[i + 2 * stride]) - p, v3 = widen(block[i + 3 * stride]) - p;
-      const Acc v4 = widen(block[i + 4 * stride]) - p, v5 = widen(block[i + 5 * stride]) - p;
-      const Acc v6 = widen(block[i + 6 * stride]) - p, v7 = widen(block[i + 7 * stride]) - p;
-      const Acc total = ((v0 + v1) + (v2 + v3)) + ((v4 + v5) + (v6 + v7));
-      const Acc mean = total * Acc(0.125);
-      const Acc d0 = v0 - mean, d1 = v1 - mean, d2 = v2 - mean, d3 = v3 - mean;
-      const Acc d4 = v4 - mean, d5 = v5 - mean, d6 = v6 - mean, d7 = v7 - mean;
-      const Acc squares =
-          ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7));
-      const Acc delta = mean - sum[i] * inverse;
-      m2[i] += squares + delta * delta * share;
-      sum[i] += total;
+    int64_t i = 0;
+    for (; i + kWidth <= width; i += kWidth) {
+      Vector<Acc, kBytes> values[kBlock], total = load_lanes<Acc, kBytes>(sum + i);
+      Vector<Acc, kBytes> squares = load_lanes<Acc, kBytes>(m2 + i);
+      for (int row = 0; row < kBlock; ++row) {
+        values[row] = widen_lanes<kBytes, Acc>(block + row * stride + i);
+      }
+      update(widen_lanes<kBytes, Acc>(pilot + i), values, inverse, share, total, squares);
+      std::memcpy(sum + i, &total, kBytes);
+      std::memcpy(m2 + i, &squares, kBytes);
     }
+    for (; i < width; ++i) {
+      Acc values[kBlock];
+      for (int row = 0; row < kBlock; ++row) {
+        values[row] = widen(block[row * stride + i]);
+      }
+      update<Acc>(widen(pilot[i]), values, inverse, share, sum[i], m2[i]);
+    }
+  }
+
+  // Of one lane, or of a vector of them.
+  template <typename Values>
+  SSLDIFF_INLINE static void update(Values p, const Values* row, Acc inverse, Acc share,
+                                    Values& sum, Values& m2) {
+    const Values v0 = row[0] - p, v1 = row[1] - p, v2 = row[2] - p, v3 = row[3] - p;
+    const Values v4 = row[4] - p, v5 = row[5] - p, v6 = row[6] - p, v7 = row[7] - p;
+    const Values total = ((v0 + v1) + (v2 + v3)) + ((v4 + v5) + (v6 + v7));
+    const Values mean = total * Acc(0.125);
+    const Values d0 = v0 - mean, d1 = v1 - mean, d2 = v2 - mean, d3 = v3 - mean;
+    const Values d4 = v4 - mean, d5 = v5 - mean, d6 = v6 - mean, d7 = v7 - mean;
+    const Values squares =
+        ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7));
+    const Values delta = mean - sum * inverse;
+    m2 += squares + delta * delta * share;
+    sum += total;
   }
 
   SSLDIFF_INLINE static void single(const T* __restrict pilot, const T* __restrict row,

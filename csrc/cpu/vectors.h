@@ -120,8 +120,7 @@ SSLDIFF_INLINE Values upper_halves(Values a, Values b, std::index_sequence<kLane
 
 // narrow<BFloat16> of each lane, in its upper half.
 template <int kBytes>
-SSLDIFF_INLINE Vector<uint16_t, kBytes> bfloat16_lanes(const float* from) {
-  const Vector<float, kBytes> value = load_lanes<float, kBytes>(from);
+SSLDIFF_INLINE Vector<uint16_t, kBytes> bfloat16_lanes(Vector<float, kBytes> value) {
   const auto bits = (Vector<uint32_t, kBytes>)value;
   const Vector<uint32_t, kBytes> rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const Vector<uint32_t, kBytes> nan = Vector<uint32_t, kBytes>{} + 0x7fc00000u;
@@ -131,8 +130,7 @@ SSLDIFF_INLINE Vector<uint16_t, kBytes> bfloat16_lanes(const float* from) {
 #if SSLDIFF_X86 && !defined(__clang__)
 // narrow<Float16> of as many floats as a vector holds.
 template <int kBytes>
-SSLDIFF_INLINE Vector<uint16_t, kBytes / 2> float16_lanes(const float* from) {
-  const Vector<float, kBytes> value = load_lanes<float, kBytes>(from);
+SSLDIFF_INLINE Vector<uint16_t, kBytes / 2> float16_lanes(Vector<float, kBytes> value) {
   // The processor keeps what a NaN holds; we keep its sign alone.
   const auto sign = (Vector<uint32_t, kBytes>)value & 0x80000000u;
   const Vector<uint32_t, kBytes> nan = sign | 0x7fc00000u;
@@ -165,30 +163,76 @@ template <typename T>
 using LaneOf = std::conditional_t<sizeof(T) == 2, uint16_t,
                                   std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
+// One value in every lane, by its bits: of a list of lanes GCC makes one masked move each, and a
+// sum with zero would lose the sign of another zero.
+template <int kBytes, typename Lane>
+SSLDIFF_INLINE Vector<Lane, kBytes> repeat(Lane value) {
+  LaneOf<Lane> bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return (Vector<Lane, kBytes>)(Vector<LaneOf<Lane>, kBytes>{} + bits);
+}
+
+// widen of as many elements as a vector of Acc holds; a signalling NaN may come out quiet.
+template <int kBytes, typename Acc, typename T>
+SSLDIFF_INLINE Vector<Acc, kBytes> widen_lanes(const T* from) {
+  if constexpr (std::is_same_v<T, Acc>) {
+    return load_lanes<Acc, kBytes>(from);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto bits = load_lanes<uint16_t, kBytes / 2>(from);
+    using Words = Vector<uint32_t, kBytes>;
+    return (Vector<float, kBytes>)(__builtin_convertvector(bits, Words) << 16);
+#if SSLDIFF_X86 && !defined(__clang__)
+  } else if constexpr (kBytes == 64) {
+    return __builtin_ia32_vcvtph2ps512_mask(load_lanes<short, 32>(from), Vector<float, 64>{},
+                                            0xffff, 4);
+  } else if constexpr (kBytes == 32) {
+    return __builtin_ia32_vcvtph2ps256(load_lanes<short, 16>(from));
+#endif
+  } else {
+    return (Vector<float, kBytes>)widened_lanes<kBytes>(from);
+  }
+}
+
+// narrow<T> of a vector's worth of elements, from sizeof(Acc) / sizeof(T) vectors.
+template <int kBytes, typename T, typename Acc>
+SSLDIFF_INLINE Vector<LaneOf<T>, kBytes> narrow_lanes(const Vector<Acc, kBytes>* wide) {
+  constexpr int kLanes = kBytes / static_cast<int>(sizeof(T));
+  if constexpr (std::is_same_v<T, Acc>) {
+    return (Vector<LaneOf<T>, kBytes>)wide[0];
+  } else if constexpr (std::is_same_v<T, BFloat16> && kBytes > 16) {
+    return upper_halves(bfloat16_lanes<kBytes>(wide[0]), bfloat16_lanes<kBytes>(wide[1]),
+                        std::make_index_sequence<kLanes>());
+#if SSLDIFF_X86 && !defined(__clang__)
+  } else if constexpr (std::is_same_v<T, Float16> && kBytes > 16) {
+    return join<uint16_t, kBytes / 2>(float16_lanes<kBytes>(wide[0]),
+                                      float16_lanes<kBytes>(wide[1]));
+#endif
+  } else {
+    Acc values[kLanes];
+    T made[kLanes];
+    std::memcpy(values, wide, sizeof(values));
+    cast_row(values, made, kLanes);
+    return load_lanes<LaneOf<T>, kBytes>(made);
+  }
+}
+
 // As many elements as a vector of To holds, cast.
 template <int kBytes, typename From, typename To>
 SSLDIFF_INLINE Vector<LaneOf<To>, kBytes> cast_lanes(const From* from) {
   constexpr int kLanes = kBytes / static_cast<int>(sizeof(To));
-  using Lanes = Vector<LaneOf<To>, kBytes>;
-  Lanes lanes;
   if constexpr (std::is_same_v<From, To>) {
-    lanes = load_lanes<LaneOf<To>, kBytes>(from);
-  } else if constexpr (std::is_same_v<From, float> && std::is_same_v<To, BFloat16> && kBytes > 16) {
-    lanes = upper_halves(bfloat16_lanes<kBytes>(from), bfloat16_lanes<kBytes>(from + kLanes / 2),
-                         std::make_index_sequence<kLanes>());
-#if SSLDIFF_X86 && !defined(__clang__)
-  } else if constexpr (std::is_same_v<From, float> && std::is_same_v<To, Float16> && kBytes > 16) {
-    lanes = join<uint16_t, kBytes / 2>(float16_lanes<kBytes>(from),
-                                       float16_lanes<kBytes>(from + kLanes / 2));
-#endif
-  } else if constexpr (std::is_same_v<From, Float16> && std::is_same_v<To, float> && kBytes > 16) {
-    lanes = widened_lanes<kBytes>(from);
+    return load_lanes<LaneOf<To>, kBytes>(from);
+  } else if constexpr (std::is_same_v<From, float> && sizeof(To) == 2) {
+    const Vector<float, kBytes> wide[] = {load_lanes<float, kBytes>(from),
+                                          load_lanes<float, kBytes>(from + kLanes / 2)};
+    return narrow_lanes<kBytes, To, float>(wide);
+  } else if constexpr (std::is_same_v<From, Float16> && std::is_same_v<To, float>) {
+    return widened_lanes<kBytes>(from);
   } else {
     To made[kLanes];
     cast_row(from, made, kLanes);
-    std::memcpy(&lanes, made, kBytes);
+    return load_lanes<LaneOf<To>, kBytes>(made);
   }
-  return lanes;
 }
 
 // Where lane `lane` of vector `out` of kChannels interleaved ones comes from, when channel `step`

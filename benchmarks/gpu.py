@@ -34,6 +34,7 @@ BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("philox_normal.py",),
     ("token_attention.py",),
     ("vq_nearest.py",),
+    ("unet.py",),
     ("sampler.py",),
     ("sampler.py", "--size", "paper"),
 )

@@ -37,6 +37,8 @@ BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("unet.py",),
     ("sampler.py",),
     ("sampler.py", "--size", "paper"),
+    ("unet.py", "--no-compile"),
+    ("notebook.py",),
 )
 # Seconds for one step and for all of them, which leaves the build its share of ten minutes.
 LIMIT, IN_ALL = 200, 480

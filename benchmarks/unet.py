@@ -107,6 +107,11 @@ def plain_norm(self: GroupNormSiLU, x: Tensor, **options: Any) -> Tensor:
     return F.silu(x) if self.silu else x
 
 
+def plain_geglu(projected: Tensor) -> Tensor:
+    values, gates = projected.chunk(2, dim=-1)
+    return values * F.gelu(gates)
+
+
 def ablations(pairs: Pairs) -> dict[str, Evaluation]:
     """Ours without one trick each."""
 
@@ -129,6 +134,8 @@ def ablations(pairs: Pairs) -> dict[str, Evaluation]:
         found["attention by products"] = partial(without, in_blocks)
         onednn = patch.object(products, "_has_onednn", lambda *_: False)
         found["products by oneDNN"] = partial(without, onednn)
+        plain = patch("ssldiff_fast.models.attention.geglu", plain_geglu)
+        found["geglu"] = partial(without, plain)
         direct = patch("ssldiff_fast.models.winograd.serves", lambda conv: False)
         found["Winograd's convolutions"] = partial(without, direct)
     return found

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext, TokenVectors
-from ssldiff_fast.models.products import attention, conv1x1, linear, widened
+from ssldiff_fast.models.products import attention, conv1x1, geglu, linear, widened
 from ssldiff_fast.ops import few_tokens, token_attention
 
 
@@ -40,9 +40,7 @@ class GEGLU(nn.Module):
         self,
         x: Tensor,  # [B, L, C]
     ) -> Tensor:  # [B, L, inner]
-        weights, biases = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-        gate = linear(x, weights[1], biases[1], gelu=True)
-        return linear(x, weights[0], biases[0], multiply=gate)
+        return geglu(linear(x, self.proj.weight, self.proj.bias))
 
 
 class FeedForward(nn.Module):
@@ -183,7 +181,7 @@ class BasicTransformerBlock(nn.Module):
         vectors = self.prepare(context) if isinstance(context, Tensor) else context
         x = self.attn1(self.norm1(x), add=x)
         if len(vectors.values) != len(x):
-            x = x.repeat(2, 1, 1)
+            x = torch.cat((x, x))
         if vectors.keys is None or vectors.offsets is not None:
             x, normed = token_attention(
                 x,
@@ -252,7 +250,7 @@ class SpatialTransformer(nn.Module):
                 tokens = block(tokens, given)
         maps = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         if len(maps) != len(x):
-            x = x.repeat(2, 1, 1, 1)
+            x = torch.cat((x, x))  # repeat would lose the layout
         return conv1x1(maps, self.proj_out, add=x)
 
 

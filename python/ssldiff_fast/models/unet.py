@@ -201,7 +201,7 @@ class UNet(nn.Module):
         for stage in self.output_blocks:
             skip = skips.pop()
             if len(skip) != len(hidden):
-                skip = skip.repeat(2, 1, 1, 1)
+                skip = torch.cat((skip, skip))  # repeat would lose the layout
             hidden = stage(torch.cat([hidden, skip], dim=1), time, context)
         return self.out(hidden).to(x.dtype)
 

@@ -164,3 +164,19 @@ def test_conditioning_and_timesteps_are_prepared_in_float32_for_half_precision(
         assert torch.equal(ours.values, theirs.values)
     for vectors, expected in zip(unet.prepare_time(t).blocks, exact.prepare_time(t).blocks):
         assert torch.equal(vectors, expected)
+
+
+def test_all_maps_of_a_guided_pair_stay_channels_last() -> None:
+    unet = fill(UNet(**UNET_A)).eval()
+    lost: list[str] = []
+
+    def check(name: str, out: Tensor) -> None:
+        if not out.is_contiguous(memory_format=torch.channels_last):
+            lost.append(name)
+
+    for name, module in unet.named_modules():
+        if isinstance(module, ResBlock | SpatialTransformer):
+            module.register_forward_hook(lambda m, args, out, name=name: check(name, out))
+    with torch.no_grad():
+        unet(torch.randn(2, 3, 16, 16), torch.tensor(5), torch.randn(4, 1, 64))
+    assert lost == []

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext, TokenVectors
-from ssldiff_fast.models.products import attention, conv1x1, geglu, linear, widened
+from ssldiff_fast.models.products import attention, conv1x1, geglu, linear, twice, widened
 from ssldiff_fast.ops import few_tokens, token_attention
 
 
@@ -250,7 +250,7 @@ class SpatialTransformer(nn.Module):
                 tokens = block(tokens, given)
         maps = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
         if len(maps) != len(x):
-            x = torch.cat((x, x))  # repeat would lose the layout
+            x = twice(x)
         return conv1x1(maps, self.proj_out, add=x)
 
 

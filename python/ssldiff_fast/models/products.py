@@ -68,6 +68,13 @@ def widened(
     return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
+def twice(
+    maps: Tensor,  # [B, C, h, w]
+) -> Tensor:  # [2 B, C, h, w], channels-last
+    """The maps, then the same again. (`repeat` and `cat` of maps themselves lose the layout.)"""
+    return maps.permute(0, 2, 3, 1).repeat(2, 1, 1, 1).permute(0, 3, 1, 2)
+
+
 def conv1x1(
     x: Tensor,  # [B, C, h, w], best channels-last
     conv: nn.Module,  # a Conv2d of kernel 1

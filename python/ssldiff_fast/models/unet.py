@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssldiff_fast.models.attention import AttentionBlock, SpatialTransformer, zeroed
 from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext, TimeVectors
-from ssldiff_fast.models.products import widened
+from ssldiff_fast.models.products import twice, widened
 from ssldiff_fast.models.unet_blocks import (
     Downsample,
     ResBlock,
@@ -201,7 +201,7 @@ class UNet(nn.Module):
         for stage in self.output_blocks:
             skip = skips.pop()
             if len(skip) != len(hidden):
-                skip = torch.cat((skip, skip))  # repeat would lose the layout
+                skip = twice(skip)
             hidden = stage(torch.cat([hidden, skip], dim=1), time, context)
         return self.out(hidden).to(x.dtype)
 

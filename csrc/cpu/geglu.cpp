@@ -40,7 +40,7 @@ SSLDIFF_INLINE float gelu(float x) {
   const float shifted = exponent + kRound;
   const uint32_t whole = float_to_bits(shifted) << 23;
   const float fraction = exponent - (shifted - kRound);
-  const float power = bits_to_float(float_to_bits(power_of_two<false>(fraction)) + whole);
+  const float power = bits_to_float(float_to_bits(power_of_two<float>(fraction)) + whole);
   const float tail = exponent < -125.0f ? 0.0f : 0.5f * t * power;
   return x * (x < 0.0f ? tail : 1.0f - tail);
 }

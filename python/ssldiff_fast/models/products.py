@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products and attention of the networks, each by the fastest way there is for it.
 
-In inference on a CPU, products go to oneDNN. PyTorch sends those of float32 to MKL, which on
+In inference on a CPU, products of float32 go to oneDNN. PyTorch sends them to MKL, which on
 processors of other makers than Intel's runs at less than half the rate (measured on an AVX-512
 machine: 95 GFLOP/s beside 208), and oneDNN adds what follows the product before it is stored.
-bfloat16 goes there by itself, and faster (1.2x of the small model). Everywhere else (training, GPUs, torch.compile, which fuses by itself) these are plain PyTorch.
+bfloat16 goes to oneDNN by PyTorch itself, which is the faster way for it (1.2 times, small model).
+Everywhere else (training, GPUs, torch.compile, which fuses by itself) these are plain PyTorch.
 """
 
 from __future__ import annotations

@@ -30,6 +30,11 @@ class LocalDecoder:
     With fixed statistics and a halo of the network's receptive field, a tile's pixels are what
     convolutions of the whole canvas would give; attention sees the tile and its halo.
 
+    An autoencoder trained on patches tells hues by the statistics of each patch, which fixed ones
+    take from it: with the bundled model, on a slide of epidermis, dermis and glass, pixels differ
+    from the reference's by 7 grey levels on average, and by 1 dB (PSNR) more from the slide.
+    Statistics of each tile with its halo come nearer (5), but show the tiles.
+
     Args:
         tiles: the decoder of the model as it is.
         size: (H, W) of the canvas in latents.

@@ -30,6 +30,8 @@ _EXPORTS = {
     "WindowPlan": "ssldiff_fast.canvas",
     "decode_image": "ssldiff_fast.canvas",
     "decode_rows": "ssldiff_fast.canvas",
+    "encode_image": "ssldiff_fast.canvas",
+    "encode_rows": "ssldiff_fast.canvas",
     "encode": "ssldiff_fast.slides.encode",
     "load": "ssldiff_fast.models.load",
     "open_decoder": "ssldiff_fast.canvas",

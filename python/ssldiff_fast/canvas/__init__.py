@@ -4,6 +4,7 @@
 from ssldiff_fast.canvas.conditioning import Conditioning
 from ssldiff_fast.canvas.decode import DecodeSettings, decode_image, decode_rows, open_decoder
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser, WindowDenoiser
+from ssldiff_fast.canvas.encode import encode_image, encode_rows
 from ssldiff_fast.canvas.field import GridField, PromptField
 from ssldiff_fast.canvas.interrupt import Interrupted
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
@@ -38,6 +39,8 @@ __all__ = [
     "canvas_noise",
     "decode_image",
     "decode_rows",
+    "encode_image",
+    "encode_rows",
     "get_preset",
     "open_decoder",
     "sample",

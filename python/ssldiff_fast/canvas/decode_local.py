@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from ssldiff_fast.canvas.row_buffer import RowBuffer
 from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder, to_bytes
+from ssldiff_fast.canvas.tile_span import Span, batches, sample_origins
 from ssldiff_fast.models.local_autoencoder import (
     Statistics,
     local_autoencoder,
@@ -20,8 +20,6 @@ from ssldiff_fast.models.local_autoencoder import (
 )
 
 _CALL = "decode"
-# Windows that statistics are measured on.
-_SAMPLES = 16
 
 
 class LocalDecoder:
@@ -75,14 +73,10 @@ class LocalDecoder:
 
     def _measure(self, latents: Tensor) -> None:
         """Fix the statistics of windows spread over [C, n, W] latents."""
-        sides = [min(side, size) for side, size in zip(self._window, latents.shape[1:])]
-        room = [size - side for side, size in zip(sides, latents.shape[1:])]
-        shares = [(number / max(1, _SAMPLES - 1)) for number in range(_SAMPLES)]
-        # Along the diagonal of the band, there and back, so that all of its height is seen.
-        origins = {
-            (int(room[0] * abs(1 - 2 * (3 * share % 1))), int(room[1] * share)) for share in shares
-        }
-        windows = [latents[:, y : y + sides[0], x : x + sides[1]] for y, x in sorted(origins)]
+        h, w = self._window
+        rows, columns = latents.shape[1:]
+        origins = sample_origins(rows, columns, self._window)
+        windows = [latents[:, y : y + h, x : x + w] for y, x in origins]
         parameter = next(self._own.vae.parameters())
         inputs = self._own.unscaled(torch.stack(windows)).to(parameter.device, parameter.dtype)
         self._fix(measure_statistics(self._own.vae, self._own.vae.decode, inputs))
@@ -116,7 +110,7 @@ class LocalDecoder:
         total = len(tops) * -(-width // self.tile)
         with tqdm(total=total, desc="decoding", unit="tile", disable=not progress) as bar:
             for top in tops:
-                region = _Span.around(top, self.tile, self.halo, height)
+                region = Span.around(top, self.tile, self.halo, height)
                 buffer.forget(region.begin)
                 latents = buffer.upto(region.end)[:, : region.end - buffer.begin]
                 if self._tiles is None:
@@ -125,23 +119,15 @@ class LocalDecoder:
                 factor = len(band) // region.kept
                 yield band[max(0, begin - top) * factor :]
 
-    def _row(self, latents: Tensor, rows: _Span, bar: tqdm) -> Pixels:
+    def _row(self, latents: Tensor, rows: Span, bar: tqdm) -> Pixels:
         """One row of tiles: [kept * f, W * f, 3]."""
-        width = self._size[1]
-        spans = [
-            _Span.around(left, self.tile, self.halo, width) for left in range(0, width, self.tile)
-        ]
         made: list[Pixels] = []
-        # Tiles of one shape go through the network together: all but those at the two ends.
-        for _, group in itertools.groupby(spans, lambda span: (span.end - span.begin, span.before)):
-            members = list(group)
-            for first in range(0, len(members), self._batch_size):
-                part = members[first : first + self._batch_size]
-                made += self._decode(latents, rows, part)
-                bar.update(len(part))
+        for part in batches(self._size[1], self.tile, self.halo, self._batch_size):
+            made += self._decode(latents, rows, part)
+            bar.update(len(part))
         return np.concatenate(made, axis=1)
 
-    def _decode(self, latents: Tensor, rows: _Span, spans: list[_Span]) -> list[Pixels]:
+    def _decode(self, latents: Tensor, rows: Span, spans: list[Span]) -> list[Pixels]:
         regions = torch.stack([latents[:, :, span.begin : span.end] for span in spans])
         assert self._tiles is not None
         images = self._tiles(regions, [(rows.top, span.top) for span in spans])
@@ -152,26 +138,5 @@ class LocalDecoder:
                 f"{list(images.shape[-2:])} pixels, but a whole multiple of the tile was "
                 "expected; use the model's own decoder."
             )
-        y, x = rows.pixels(factor), [span.pixels(factor) for span in spans]
+        y, x = rows.within(factor), [span.within(factor) for span in spans]
         return [to_bytes(image[:, y, here]) for image, here in zip(images, x)]
-
-
-class _Span:
-    """A tile along one axis: what is decoded, [begin, end), and what of it is kept."""
-
-    def __init__(self, top: int, begin: int, end: int, kept: int) -> None:
-        self.top, self.begin, self.end, self.kept = top, begin, end, kept
-
-    @classmethod
-    def around(cls, top: int, tile: int, halo: int, size: int) -> _Span:
-        bottom = min(top + tile, size)
-        return cls(top, max(0, top - halo), min(bottom + halo, size), bottom - top)
-
-    @property
-    def before(self) -> int:
-        """Latents decoded before the first that is kept."""
-        return self.top - self.begin
-
-    def pixels(self, factor: int) -> slice:
-        """What is kept of the decoded pixels."""
-        return slice(self.before * factor, (self.before + self.kept) * factor)

@@ -198,26 +198,52 @@ def receptive_halo(vae: Any, channels: int) -> int:
     """
     if not isinstance(vae, VQModel | AutoencoderKL):
         return _traced(copy.deepcopy(vae).cpu().double().decode, channels)
-    kind = "kl" if isinstance(vae, AutoencoderKL) else "vq"
-    return _traced_build(kind, json.dumps(vae.config(), sort_keys=True), channels)
+    return _traced_build(_kind(vae), json.dumps(vae.config(), sort_keys=True), channels, 0)
 
 
-def _traced(network: Callable[[Tensor], Tensor], channels: int) -> int:
+def encoder_halo(vae: Any) -> int:
+    """How far around a latent's own pixels the pixels lie that it depends on, in pixels.
+
+    Found as `receptive_halo` is.
+
+    Args:
+        vae: an autoencoder with `encode` and `downsample_factor`.
+
+    Raises:
+        ValueError: the network reaches further than a window could.
+    """
+    factor = int(vae.downsample_factor)
+    if not isinstance(vae, VQModel | AutoencoderKL):
+        return _traced(copy.deepcopy(vae).cpu().double().encode, 3, factor)
+    channels = vae.ddconfig["in_channels"]
+    return _traced_build(_kind(vae), json.dumps(vae.config(), sort_keys=True), channels, factor)
+
+
+def _kind(vae: VQModel | AutoencoderKL) -> str:
+    return "kl" if isinstance(vae, AutoencoderKL) else "vq"
+
+
+def _traced(network: Callable[[Tensor], Tensor], channels: int, factor: int = 1) -> int:
+    """The reach of a network, in steps of its input, of which `factor` make a latent."""
     generator = torch.Generator().manual_seed(0)
-    for side in _SIDES:
-        z = torch.randn(_TRIALS, channels, side, side, generator=generator, dtype=torch.float64)
-        reach = _reach(network, z)
-        if reach < side // 2 - 1:
+    for side in (factor * side for side in _SIDES):
+        x = torch.randn(_TRIALS, channels, side, side, generator=generator, dtype=torch.float64)
+        reach = _reach(network, x)
+        if reach < side // 2 - factor:
             return reach
     raise ValueError(
-        f"receptive_halo: a latent's pixels depend on latents {_SIDES[-1] // 2} and more away; use "
-        "the reference decoder."
+        f"receptive_halo: this autoencoder reaches {_SIDES[-1] // 2} latents far or more; use the "
+        "reference way."
     )
 
 
 @functools.lru_cache
-def _traced_build(kind: str, config: str, channels: int) -> int:
-    """Of a network of this build with few channels, without what sees the whole input."""
+def _traced_build(kind: str, config: str, channels: int, factor: int) -> int:
+    """Of a network of this build with few channels, without what sees the whole input.
+
+    Of its encoder where `factor`, the pixels of a latent along one side, is given; of its decoder
+    where it is 0.
+    """
     arguments = json.loads(config)
     ddconfig = arguments["ddconfig"]
     levels = len(ddconfig["ch_mult"])
@@ -235,20 +261,25 @@ def _traced_build(kind: str, config: str, channels: int) -> int:
         for name, module in thin.named_modules()
         if isinstance(module, GroupNormSiLU)
     }
-    # Codes have no gradient; each latent has its own, so the halo is that of the decoder.
     local: Any = local_autoencoder(thin, fixed, None)
+    if factor:
+        return _traced(local.encode, channels, factor)
+    # Codes have no gradient; each latent has its own, so the halo is that of the decoder.
     return _traced(functools.partial(local.decode, quantize=False), channels)
 
 
 @torch.enable_grad()
-def _reach(decode: Callable[[Tensor], Tensor], z: Tensor) -> int:
-    """The farthest latent, along an axis, that the pixels of the middle one depend on."""
-    z.requires_grad_()
-    side, middle = z.shape[-1], z.shape[-1] // 2
-    image = decode(z)
-    factor = image.shape[-1] // side
-    here = slice(middle * factor, (middle + 1) * factor)
-    image[..., here, here].square().sum().backward()
-    assert z.grad is not None
-    touched = (z.grad != 0).any(0).any(0).nonzero() - middle
-    return int(touched.abs().max())
+def _reach(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """How far around the middle one, along an axis, the inputs lie that its outputs depend on."""
+    x.requires_grad_()
+    made = network(x)
+    # One latent: `inner` steps of the input, `outer` of the output.
+    sides = x.shape[-1], made.shape[-1]
+    inner, outer = max(1, sides[0] // sides[1]), max(1, sides[1] // sides[0])
+    middle = x.shape[-1] // inner // 2
+    here = slice(middle * outer, (middle + 1) * outer)
+    made[..., here, here].square().sum().backward()
+    assert x.grad is not None
+    touched = (x.grad != 0).any(0).any(0).nonzero()
+    before, after = middle * inner - touched, touched - ((middle + 1) * inner - 1)
+    return int(torch.maximum(before, after).max())

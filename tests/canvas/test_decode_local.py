@@ -110,6 +110,16 @@ def test_a_decode_that_goes_on_in_the_middle_gives_the_rest(kind: str, begin: in
     assert np.array_equal(pixels, whole[begin * vae.downsample_factor :])
 
 
+@pytest.mark.parametrize("kind", ["reference", "local", "global"])
+def test_a_decode_that_goes_on_at_the_end_gives_nothing(kind: str) -> None:
+    vae = vq()
+    fixed = statistics(vae) if kind == "local" else None
+    settings = DecodeSettings(kind, stride=8, tile=15)
+    decoder = open_decoder(vae, SIZE, settings, window=(16, 16), statistics=fixed)
+    rest = latent()[:, decoder.first_latent(SIZE[0]) :]
+    assert list(decoder.decode([rest], begin=SIZE[0])) == []
+
+
 def test_statistics_are_measured_once_and_can_be_given_again() -> None:
     vae = vq()
     settings = DecodeSettings("local", tile=16)

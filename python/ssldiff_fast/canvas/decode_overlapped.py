@@ -98,7 +98,9 @@ class OverlappedDecoder:
 
     def _first_tile_row(self, row: int) -> int:
         bottoms = [origin + self.plan.window[0] for origin in self.plan.origins_y]
-        return next(number for number, bottom in enumerate(bottoms) if bottom > row)
+        # Below the last row nothing is left, and the last tiles make nothing.
+        below = (number for number, bottom in enumerate(bottoms) if bottom > row)
+        return next(below, len(bottoms) - 1)
 
     def _row(self, latents: Tensor, plan: WindowPlan, number: int, origin: int) -> Tensor:
         """One row of tiles, decoded: [Q, 3, h * f, w * f] fp32."""

@@ -23,6 +23,7 @@ import torch
 import ssldiff_fast as sf
 from ssldiff_fast import pipeline
 from ssldiff_fast.canvas import StateFolder
+from ssldiff_fast.canvas.state import remove_state
 from ssldiff_fast.models.local_autoencoder import receptive_halo
 from tiny_models import tiny_grid, tiny_model
 
@@ -79,7 +80,7 @@ def main(folder: Path, kills: int) -> None:
         digests = [hashlib.sha256(whole.read_bytes()).hexdigest()]
         killed = 0
         while killed < kills // len(KINDS):
-            out, state = folder / f"{killed}.{name}", folder / "state"
+            out, state = folder / f"out{killed}.{name}", folder / "state"
             in_this_run = 0
             while not forked(
                 out, settings, state, random.uniform(0.02, seconds) if in_this_run < 5 else None
@@ -87,11 +88,15 @@ def main(folder: Path, kills: int) -> None:
                 report["written before"] += (state / "writer" / "writer.npz").exists()
                 killed += 1
                 in_this_run += 1
+                if out.exists() and not (state / "metadata.json").exists():
+                    break  # it had ended: nothing was left to do but to remove an empty folder
             digests.append(hashlib.sha256(out.read_bytes()).hexdigest())
         report["digests"][name] = digests
         report["kills"] += killed
+        if state.exists():  # of a run that was killed when it had ended
+            remove_state(state)
     report["left"] = sorted(
-        path.name for path in folder.iterdir() if path.name.startswith((".", "state"))
+        path.name for path in folder.iterdir() if path.name.startswith((".out", "state"))
     )
     print(json.dumps(report))
 

@@ -74,6 +74,8 @@ class PixelSink:
 
     def take(self, bands: Iterable[Tensor]) -> None:
         """Decode and write what follows from bands [C, n, W], which begin with row `first`."""
+        if self._begin >= self._plan.canvas_denoiser.size[0]:
+            return  # all rows are written, and only the file's name is missing
         skip = self._writer.rows_written - self._begin * self._plan.factor
         pixels = self._plan.decode(
             bands, decoder=self._decoder, begin=self._begin, progress=self._progress
@@ -124,6 +126,8 @@ class Background:
     def put(self, item: Any) -> None:
         """Hand on an item; waits while the queue is full."""
         while self._error is None:
+            if not self._thread.is_alive():
+                raise RuntimeError("the background has ended, but more was put in.")
             try:
                 self._queue.put((item, None), timeout=0.1)
             except queue.Full:

@@ -302,11 +302,12 @@ class _Kept:
     def forget(self) -> None:
         """Removes everything of a run that is over, or is to begin anew."""
         self.folder.clear()
-        for path in (self._about, self.folder.path / STATISTICS):
-            path.unlink(missing_ok=True)
+        (self.folder.path / STATISTICS).unlink(missing_ok=True)
         remove_writer_state(self.writer)
         with contextlib.suppress(OSError):
             self.writer.rmdir()
+        # Last: without it a run that is killed in between could not tell that it had ended.
+        self._about.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -25,7 +25,11 @@ from ssldiff_fast import pipeline
 from ssldiff_fast.canvas import StateFolder
 from ssldiff_fast.canvas.state import remove_state
 from ssldiff_fast.models.local_autoencoder import receptive_halo
+from ssldiff_fast.slides.writer_state import FILE
 from tiny_models import tiny_grid, tiny_model
+
+When: TypeAlias = float | Path | None
+_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 KINDS: dict[str, dict[str, Any]] = {
     "wavefront.tif": {"order": "wavefront", "decoder": "local"},
@@ -42,8 +46,8 @@ def run(out: Path, settings: dict[str, Any], state: Path | None) -> None:
     sf.synthesize(MODEL, tiny_grid(MODEL, 8, 2), out, state=folder, **options)
 
 
-def forked(out: Path, settings: dict[str, Any], state: Path | None, seconds: float | None) -> bool:
-    """Whether the run ended before it was killed after `seconds`."""
+def forked(out: Path, settings: dict[str, Any], state: Path | None, when: When) -> bool:
+    """Whether the run ended before it was killed: after seconds, or when a file is there."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -54,8 +58,12 @@ def forked(out: Path, settings: dict[str, Any], state: Path | None, seconds: flo
             traceback.print_exc()
         finally:
             os._exit(status)
-    if seconds is not None:
-        time.sleep(seconds)
+    if isinstance(when, Path):
+        while not when.exists() and not os.waitid(os.P_PID, child, _ENDED):
+            time.sleep(0.001)
+    elif when is not None:
+        time.sleep(when)
+    if when is not None:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
@@ -82,10 +90,11 @@ def main(folder: Path, kills: int) -> None:
         while killed < kills // len(KINDS):
             out, state = folder / f"out{killed}.{name}", folder / "state"
             in_this_run = 0
-            while not forked(
-                out, settings, state, random.uniform(0.02, seconds) if in_this_run < 5 else None
-            ):
-                report["written before"] += (state / "writer" / "writer.npz").exists()
+            # First as soon as rows are kept, then at any moments, and then no more.
+            moments: list[When] = [state / "writer" / FILE]
+            moments += [random.uniform(0.02, seconds) for _ in range(4)] + [None]
+            while not forked(out, settings, state, moments[in_this_run]):
+                report["written before"] += (state / "writer" / FILE).exists()
                 killed += 1
                 in_this_run += 1
                 if out.exists() and not (state / "metadata.json").exists():
@@ -96,7 +105,7 @@ def main(folder: Path, kills: int) -> None:
         if state.exists():  # of a run that was killed when it had ended
             remove_state(state)
     report["left"] = sorted(
-        path.name for path in folder.iterdir() if path.name.startswith((".out", "state"))
+        path.name for path in folder.iterdir() if path.name.startswith((".", "state"))
     )
     print(json.dumps(report))
 

@@ -88,14 +88,14 @@ def make_folder(folder: str | os.PathLike[str]) -> Path:
 def _check_writable(folder: Path) -> None:
     # os.access does not know read-only mounts of every kind, so a file is really made.
     try:
-        handle, name = tempfile.mkstemp(prefix=".ssldiff-", suffix=".part", dir=folder)
+        # Without a name where the system can, so that a run killed here leaves nothing.
+        with tempfile.TemporaryFile(prefix=".ssldiff-", suffix=".part", dir=folder):
+            pass
     except OSError as error:
         raise PermissionError(
             f"the output folder {folder} cannot be written to ({error.strerror}): "
             "choose another folder"
         ) from None
-    os.close(handle)
-    os.unlink(name)
 
 
 def _size(count: int) -> str:

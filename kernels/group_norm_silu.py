@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 512  # positions whose sums one program makes
+COMBINED = 8  # chunks that are combined at once
 # Positions and channels of a tile: channels-last maps are contiguous along channels, others along
 # positions.
 TILES = {True: (16, 64), False: (64, 16)}
@@ -95,6 +96,61 @@ def group_norm_statistics_kernel(
     to = (n * chunks + chunk) * channels + c
     tl.store(mean_ptr + to, mean, mask=c < channels)
     tl.store(m2_ptr + to, m2, mask=c < channels)
+
+
+@triton.jit
+def group_norm_combine_kernel(
+    mean_ptr,  # [N, chunks, C], of each chunk and channel
+    m2_ptr,  # [N, chunks, C]
+    add_ptr,  # [N, C], or None
+    centre_ptr,  # [N, G]
+    spread_ptr,  # [N, G], 1 / sqrt(variance + eps) with RSTD, else the squared deviations
+    positions,
+    channels,
+    groups,
+    chunks,
+    eps,
+    RSTD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Chunks and channels of one group together, by Chan's formula in float64."""
+    program = tl.program_id(0).to(tl.int64)
+    n, g = program // groups, program % groups
+    width = channels // groups
+    w = tl.arange(0, BLOCK_W)
+    c = g * width + w
+    added = tl.zeros((BLOCK_W,), tl.float64)
+    if add_ptr is not None:
+        added += tl.load(add_ptr + n * channels + c, mask=w < width, other=0.0).to(tl.float64)
+    sums = tl.zeros((BLOCK_K, BLOCK_W), tl.float64)
+    counts = tl.zeros((BLOCK_K, BLOCK_W), tl.float64)
+    for start in range(0, chunks, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        there = (k < chunks)[:, None] & (w < width)[None, :]
+        at = (n * chunks + k)[:, None] * channels + c[None, :]
+        mean = tl.load(mean_ptr + at, mask=there, other=0.0).to(tl.float64) + added[None, :]
+        count = tl.minimum(positions - k * CHUNK, CHUNK).to(tl.float64)
+        sums += tl.where(there, mean * count[:, None], 0.0)
+        counts += tl.where(there, count[:, None], 0.0)
+    total = tl.sum(tl.sum(counts, axis=1), axis=0)
+    centre = tl.sum(tl.sum(sums, axis=1), axis=0) / total
+    spread = tl.zeros((BLOCK_K, BLOCK_W), tl.float64)
+    for start in range(0, chunks, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        there = (k < chunks)[:, None] & (w < width)[None, :]
+        at = (n * chunks + k)[:, None] * channels + c[None, :]
+        mean = tl.load(mean_ptr + at, mask=there, other=0.0).to(tl.float64) + added[None, :]
+        m2 = tl.load(m2_ptr + at, mask=there, other=0.0).to(tl.float64)
+        count = tl.minimum(positions - k * CHUNK, CHUNK).to(tl.float64)
+        away = mean - centre
+        spread += tl.where(there, m2 + count[:, None] * away * away, 0.0)
+    m2 = tl.sum(tl.sum(spread, axis=1), axis=0)
+    if RSTD:
+        m2 = 1.0 / tl.sqrt(m2 / total + eps)
+    tl.store(centre_ptr + program, centre.to(centre_ptr.dtype.element_ty))
+    tl.store(spread_ptr + program, m2.to(spread_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -227,14 +283,19 @@ def group_norm_statistics(
     x: Tensor,  # [N, C, ...] fp32 | bf16 | fp16 | fp64
     groups: int,
     add: Tensor | None = None,  # [N, C]
+    *,
+    eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # [N, G], [N, G] fp32 (fp64 for fp64)
-    """Launch the kernel; arguments have been checked by ops/group_norm_silu.py."""
+    """Launch the kernels; arguments have been checked by ops/group_norm_silu.py.
+
+    The mean, and the squared deviations; with `eps` 1 / sqrt(variance + eps) in their place.
+    """
     maps = _maps(x)
     samples, channels, positions = maps.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    centre, spread = (x.new_empty((samples, groups), dtype=dtype) for _ in range(2))
     if maps.numel() == 0:
-        zeros = x.new_zeros((samples, groups), dtype=dtype)
-        return zeros, zeros.clone()
+        return centre.zero_(), spread.fill_(0.0 if eps is None else eps**-0.5)
     chunks = triton.cdiv(positions, CHUNK)
     mean, m2 = (x.new_empty((samples, chunks, channels), dtype=dtype) for _ in range(2))
     block_l, block_c = TILES[maps.stride(1) == 1]
@@ -250,18 +311,24 @@ def group_norm_statistics(
         BLOCK_L=block_l,
         BLOCK_C=block_c,
     )
-    # Chunks and channels of a group together, by Chan's formula in float64.
-    counts = torch.full((chunks, 1, 1), CHUNK, dtype=torch.float64, device=x.device)
-    counts[-1] = positions - (chunks - 1) * CHUNK
-    means = mean.double() if add is None else mean.double() + add.double()[:, None]
-    means = means.unflatten(2, (groups, -1))
-    total = positions * (channels // groups)
-    centre = (counts * means).sum((1, 3)) / total
-    spread = (
-        m2.double().unflatten(2, (groups, -1))
-        + counts * (means - centre[:, None, :, None]).square()
+    group_norm_combine_kernel[(samples * groups,)](
+        mean,
+        m2,
+        None if add is None else add.contiguous(),
+        centre,
+        spread,
+        positions,
+        channels,
+        groups,
+        chunks,
+        0.0 if eps is None else eps,
+        RSTD=eps is not None,
+        CHUNK=CHUNK,
+        BLOCK_K=COMBINED,
+        BLOCK_W=triton.next_power_of_2(channels // groups),
+        num_warps=1,
     )
-    return centre.to(dtype), spread.sum((1, 3)).to(dtype)
+    return centre, spread
 
 
 def group_norm_silu(
@@ -281,8 +348,7 @@ def group_norm_silu(
     maps, out = _maps(x), torch.empty_like(x)
     samples, channels, positions = maps.shape
     if mean is None or rstd is None:
-        mean, m2 = group_norm_statistics(x, groups, add)
-        rstd = (m2 / max(positions * (channels // groups), 1) + eps).rsqrt()
+        mean, rstd = group_norm_statistics(x, groups, add, eps=eps)
     else:
         mean, rstd = mean.clone(), rstd.clone()
     if maps.numel() > 0:

@@ -159,10 +159,12 @@ def _norm_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     kernels = group_norm_silu_kernels
     sizes = dict.fromkeys(("samples", "positions", "channels", "groups", "chunks"), "i32")
     sizes |= {f"stride_{which}{axis}": "i64" for which in "xgo" for axis in "ncl"}
-    sums = ("mean", "rstd", "m2", "level", "curve", "sums")
+    sizes["eps"] = "fp32"
+    sums = ("mean", "rstd", "m2", "level", "curve", "sums", "centre", "spread")
     stored = ("x", "out", "grad", "grad_x", "weight", "bias", "add", "scale", "shift")
     block_l, block_c = kernels.TILES[True]
     flags = {"CHUNK": kernels.CHUNK, "BLOCK_L": block_l, "BLOCK_C": block_c}
+    combine = {"CHUNK": kernels.CHUNK, "BLOCK_K": kernels.COMBINED, "BLOCK_W": 8, "RSTD": True}
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
     for dtype in ("fp32", "bf16"):
         types = {**sizes, **{f"{name}_ptr": "*fp32" for name in sums}}
@@ -171,6 +173,7 @@ def _norm_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         backward = kernels.group_norm_silu_backward_kernel
         cases += [
             (f"statistics {dtype}", kernels.group_norm_statistics_kernel, types, flags),
+            (f"combine {dtype}", kernels.group_norm_combine_kernel, types, combine),
             (f"forward {dtype}", kernels.group_norm_silu_kernel, types, silu),
             (f"sums {dtype}", backward, types, {**silu, "REDUCE": True}),
             (f"gradient {dtype}", backward, types, {**silu, "REDUCE": False}),

@@ -134,7 +134,7 @@ def open_decoder(
         halo=receptive_halo(tiles.vae, _latent_channels(tiles.vae)),
         tile=chosen.tile or 2 * max(window),
         batch_size=chosen.batch_size,
-        statistics=statistics,
+        statistics=statistics or getattr(model, "statistics", None) or None,
     )
 
 

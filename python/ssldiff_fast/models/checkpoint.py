@@ -17,12 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
-from ssldiff_fast.models.ldm import ENCODER_PREFIX, PREFIXES, LatentDiffusion
+from ssldiff_fast.models.ldm import (
+    ENCODER_PREFIX,
+    PREFIXES,
+    STATISTICS_PREFIX,
+    LatentDiffusion,
+)
+from ssldiff_fast.models.local_autoencoder import statistics_from_tensors
 from ssldiff_fast.models.unet import UNet
 
 logger = logging.getLogger(__name__)
 
 EMA_PREFIX = "model_ema."
+# What a file of ours has beside the weights of a model's modules.
+_NO_MODULES = ("encoder", "statistics")
 
 
 class _Inert:
@@ -188,7 +196,7 @@ def split_parts(weights: Mapping[str, Tensor], parts: Mapping[str, nn.Module]) -
         if not any(name.startswith("diffusion_model.") for name in result.other):
             prefixes = {_best_part(result.other, parts): ""}
     else:
-        prefixes["encoder"] = ENCODER_PREFIX
+        prefixes["encoder"], prefixes["statistics"] = ENCODER_PREFIX, STATISTICS_PREFIX
     for part, prefix in prefixes.items():
         names = [name for name in result.other if name.startswith(prefix)]
         if names:
@@ -265,7 +273,7 @@ def match_parts(found: Parts, parts: Mapping[str, nn.Module], *, source: str) ->
                     "different models."
                 )
             match.loaded += 1
-    for part in sorted(set(found.weights) - set(parts) - {"encoder"}) if whole else ():
+    for part in sorted(set(found.weights) - set(parts) - set(_NO_MODULES)) if whole else ():
         match.left_out += [PREFIXES[part] + name for name in found.weights[part]]
     if not match.loaded:
         some = ", ".join(_all_names(found)[:3])
@@ -295,6 +303,17 @@ def report(match: Match, *, source: str) -> None:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"{len(names)} entries ({shown})"
+
+
+def copy_others(found: Parts, model: LatentDiffusion) -> None:
+    """Give the model what the checkpoint has beside the weights of its modules.
+
+    Raises:
+        ValueError: statistics that are damaged or of another autoencoder.
+    """
+    model.encoder_weights = found.weights.get("encoder", model.encoder_weights)
+    if "statistics" in found.weights:
+        model.set_statistics(statistics_from_tensors(found.weights["statistics"]))
 
 
 def copy_weights(found: Parts, parts: Mapping[str, nn.Module]) -> None:
@@ -340,8 +359,8 @@ def load_weights(module: nn.Module, path: str | Path, *, use_ema: bool = True) -
     found = split_parts(read_weights(path), parts)
     match = place(found, parts, source=str(path), ema=use_ema)
     copy_weights(found, parts)
-    if isinstance(module, LatentDiffusion) and "encoder" in found.weights:
-        module.encoder_weights = found.weights["encoder"]
+    if isinstance(module, LatentDiffusion):
+        copy_others(found, module)
     report(match, source=str(path))
     return match
 

@@ -15,8 +15,10 @@ from ssldiff_fast._checks import check_choice
 from ssldiff_fast.diffusion.schedule import Schedule
 from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
 from ssldiff_fast.models.conditioner import Conditioner, build_conditioner
+from ssldiff_fast.models.local_autoencoder import norm_names, statistics_to_tensors
 from ssldiff_fast.models.preview import LatentPreview
 from ssldiff_fast.models.unet import UNet
+from ssldiff_fast.ops import GroupNormStatistics
 
 if TYPE_CHECKING:
     from ssldiff_fast.encoders.encoder import Encoder
@@ -33,6 +35,7 @@ PREFIXES = {
     "conditioner": "cond_stage_model.",
 }
 ENCODER_PREFIX = "encoder."
+STATISTICS_PREFIX = "first_stage_statistics."
 
 _VAES: dict[str, type[VQModel] | type[AutoencoderKL]] = {"vq": VQModel, "kl": AutoencoderKL}
 _REQUIRED = ("unet", "vae")
@@ -94,6 +97,9 @@ class LatentDiffusion(nn.Module):
         self.name = name
         self.encoder_spec = encoder_spec
         self.encoder_weights: dict[str, Tensor] = {}
+        # Of the autoencoder's norms over all that it was trained on, by the names of its modules,
+        # where it was trained with them: what the local way fixes.
+        self.statistics: dict[str, GroupNormStatistics] = {}
         # Latents to colours, where it was fitted; shows a canvas while it is denoised.
         self.preview: LatentPreview | None = None
         self.source: Path | None = None
@@ -194,14 +200,31 @@ class LatentDiffusion(nn.Module):
         return digest.hexdigest()
 
     def published_state_dict(self) -> dict[str, Tensor]:
-        """All weights by their names in checkpoints, the encoder's included, on the CPU."""
+        """All weights by their names in checkpoints, the encoder's and the autoencoder's statistics
+        included, on the CPU."""
         state = {ENCODER_PREFIX + name: value for name, value in self.encoder_weights.items()}
+        for name, value in statistics_to_tensors(self.statistics).items():
+            state[STATISTICS_PREFIX + name] = value
         for part, prefix in PREFIXES.items():
             module = getattr(self, part)
             if module is not None:
                 for name, value in module.state_dict().items():
                     state[prefix + name] = value
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+    def set_statistics(self, statistics: Mapping[str, GroupNormStatistics]) -> None:
+        """Take statistics of the autoencoder's norms.
+
+        Raises:
+            ValueError: they name a module that is no norm of this autoencoder.
+        """
+        unknown = sorted(set(statistics) - set(norm_names(self.vae)))
+        if unknown:
+            raise ValueError(
+                f"LatentDiffusion: statistics are given of {unknown[0]!r}, which is no norm of "
+                "this autoencoder; they belong to another one."
+            )
+        self.statistics = dict(statistics)
 
     def to_latent(
         self,

@@ -13,6 +13,7 @@ import torch
 
 from ssldiff_fast.models.checkpoint import (
     Parts,
+    copy_others,
     copy_weights,
     model_parts,
     place,
@@ -164,7 +165,7 @@ def _fill(
     # Initial values are drawn only where some will stay: they cost seconds at the paper's size.
     model = LatentDiffusion.from_config(config) if match.missing else empty.to_empty(device="cpu")
     copy_weights(found, model_parts(model))
-    model.encoder_weights = found.weights.get("encoder", {})
+    copy_others(found, model)
     report(match, source=str(source))
     return model
 

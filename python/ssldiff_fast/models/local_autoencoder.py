@@ -93,6 +93,15 @@ class WindowedAttention(nn.Module):
         return scatter_mean(out.transpose(1, 2).unflatten(2, plan.window), plan)
 
 
+def norm_names(network: nn.Module, prefix: str = "") -> list[str]:
+    """Names of the norms of an autoencoder, those that start with `prefix`."""
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, GroupNormSiLU) and name.startswith(prefix)
+    ]
+
+
 @torch.no_grad()
 def measure_statistics(
     network: nn.Module,
@@ -129,27 +138,44 @@ def measure_statistics(
     return {name: GroupNormStatistics.combine(given) for name, given in parts.items()}
 
 
-def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Write statistics to a safetensors file, which is there whole or not at all."""
+def statistics_to_tensors(statistics: Statistics) -> dict[str, Tensor]:
+    """Statistics as the tensors that files hold, [1, G] each: `NAME.mean` and `NAME.variance`."""
     tensors = {}
     for name, given in statistics.items():
-        tensors[f"{name}.mean"] = given.mean.cpu().contiguous()
-        tensors[f"{name}.variance"] = given.variance.cpu().contiguous()
+        tensors[f"{name}.mean"] = given.mean.detach().cpu().contiguous()
+        tensors[f"{name}.variance"] = given.variance.detach().cpu().contiguous()
+    return tensors
+
+
+def statistics_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, GroupNormStatistics]:
+    """Statistics of what `statistics_to_tensors` returned.
+
+    Raises:
+        ValueError: one of the two is missing, or their shapes differ.
+    """
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in tensors))
+    result = {}
+    for name in names:
+        mean, variance = (tensors.get(f"{name}.{part}") for part in ("mean", "variance"))
+        if mean is None or variance is None or mean.ndim != 2 or mean.shape != variance.shape:
+            raise ValueError(
+                f"load: the statistics of the norm {name!r} are not its mean and variance, both "
+                "[1, G]; the file is damaged, copy it again."
+            )
+        result[name] = GroupNormStatistics.from_variance(mean.float(), variance.float())
+    return result
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Write statistics to a safetensors file, which is there whole or not at all."""
     part = path.with_suffix(".part")
-    save_file(tensors, part)
+    save_file(statistics_to_tensors(statistics), part)
     os.replace(part, path)
 
 
 def load_statistics(path: Path) -> dict[str, GroupNormStatistics]:
     """Read what `save_statistics` wrote."""
-    tensors = load_file(path)
-    names = [name.removesuffix(".mean") for name in tensors if name.endswith(".mean")]
-    return {
-        name: GroupNormStatistics.from_variance(
-            tensors[f"{name}.mean"], tensors[f"{name}.variance"]
-        )
-        for name in names
-    }
+    return statistics_from_tensors(load_file(path))
 
 
 def local_autoencoder(

@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssldiff_fast.models.ldm import ENCODER_PREFIX, FORMAT, LatentDiffusion
+from ssldiff_fast.models.ldm import (
+    ENCODER_PREFIX,
+    FORMAT,
+    STATISTICS_PREFIX,
+    LatentDiffusion,
+)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -24,8 +29,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-# Codes lie closer together than half precision resolves, and are few.
-_ALWAYS_FULL = ("first_stage_model.quantize.embedding.weight",)
+# Codes lie closer together than half precision resolves, and are few; statistics are fewer.
+_ALWAYS_FULL = ("first_stage_model.quantize.embedding.weight", STATISTICS_PREFIX)
 # An encoder's hash is taken over its weights in float16 (`encoders.encoder.weights_hash`), which
 # bfloat16, having fewer digits, would change: the model would refuse its own encoder.
 _NEVER_BFLOAT16 = ENCODER_PREFIX
@@ -152,7 +157,7 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, value in state.items():
         coarser = dtype is torch.bfloat16 and name.startswith(_NEVER_BFLOAT16)
-        if not value.is_floating_point() or name in _ALWAYS_FULL or coarser:
+        if not value.is_floating_point() or name.startswith(_ALWAYS_FULL) or coarser:
             result[name] = value
             continue
         result[name] = value.to(dtype)

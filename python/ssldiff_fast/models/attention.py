@@ -18,7 +18,15 @@ from torch.utils.checkpoint import checkpoint
 
 from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext, TokenVectors
-from ssldiff_fast.models.products import attention, conv1x1, geglu, linear, twice, widened
+from ssldiff_fast.models.products import (
+    attention,
+    conv1x1,
+    geglu,
+    is_inference,
+    linear,
+    twice,
+    widened,
+)
 from ssldiff_fast.ops import few_tokens, token_attention
 
 
@@ -82,6 +90,7 @@ class CrossAttention(nn.Module):
         self.to_k = nn.Linear(context_dim, inner, bias=False)
         self.to_v = nn.Linear(context_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, width), nn.Dropout(0.0))
+        self._stacked: Tensor | None = None
 
     def _out(self) -> nn.Linear:
         linear = self.to_out[0]
@@ -102,9 +111,34 @@ class CrossAttention(nn.Module):
         add: Tensor | None = None,  # [B, L, C]
     ) -> Tensor:  # [B, L, C]
         """Attention of `x` to the context or itself, plus `add`."""
+        if context is None and is_inference(x):
+            queries, keys, values = linear(x, self._stack()).chunk(3, dim=-1)
+            return self._attend(queries, keys, values, add)
         source = x if context is None else context
         keys, values = (linear(source, to.weight) for to in (self.to_k, self.to_v))
         return self.attend(x, keys, values, add=add)
+
+    def _stack(self) -> Tensor:  # [3 * heads * head_width, C]
+        """W_q, W_k and W_v of self-attention as one matrix, of which they are views from then on.
+
+        So it follows every change of their values and takes no memory. Parameters that were moved,
+        cast or replaced since are no views any more, and it is made anew.
+        """
+        weights = (self.to_q.weight, self.to_k.weight, self.to_v.weight)
+        stacked = self._stacked
+        if torch.compiler.is_compiling():  # which knows no addresses
+            return torch.cat(weights) if stacked is None else stacked
+        if stacked is not None and _are_its_rows(weights, stacked):
+            return stacked
+        self._stacked = None
+        if any(type(w) is not nn.Parameter or w.is_inference() or w.is_meta for w in weights):
+            return torch.cat(weights)
+        with torch.inference_mode(False), torch.no_grad():
+            stacked = torch.cat(weights)
+            for weight, rows in zip(weights, stacked.chunk(3), strict=True):
+                weight.data = rows
+        self._stacked = stacked
+        return stacked
 
     def attend(
         self,
@@ -115,7 +149,11 @@ class CrossAttention(nn.Module):
         add: Tensor | None = None,  # [B, L, C]
     ) -> Tensor:  # [B, L, C]
         """Attention of `x` to keys and values that are projected already, plus `add`."""
-        queries = linear(x, self.to_q.weight)
+        return self._attend(linear(x, self.to_q.weight), keys, values, add)
+
+    def _attend(
+        self, queries: Tensor, keys: Tensor, values: Tensor, add: Tensor | None
+    ) -> Tensor:  # [B, L, C]
         out = attention(*(self.split_heads(y) for y in (queries, keys, values)))
         to_out = self._out()
         return linear(out.transpose(1, 2).flatten(2), to_out.weight, to_out.bias, add=add)
@@ -146,6 +184,17 @@ class CrossAttention(nn.Module):
         offsets = keys @ norm.bias.to(exact)
         keys = keys * norm.weight.to(exact)
         return TokenVectors(*(y.flatten(1, 2).to(exact) for y in (values, keys, offsets)))
+
+
+def _are_its_rows(weights: tuple[Tensor, ...], stacked: Tensor) -> bool:
+    first, size = stacked.data_ptr(), weights[0].nbytes
+    return all(
+        weight.data_ptr() == first + number * size
+        and weight.dtype == stacked.dtype
+        and weight.device == stacked.device
+        and weight.is_contiguous()
+        for number, weight in enumerate(weights)
+    )
 
 
 class BasicTransformerBlock(nn.Module):

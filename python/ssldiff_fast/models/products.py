@@ -124,14 +124,16 @@ def _has_onednn() -> bool:
     return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def is_inference(x: Tensor) -> bool:
+    """Whether neither gradients nor autocast need each parameter by itself."""
+    kind = x.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return not torch.is_grad_enabled() and not casts
+
+
 def is_eager_inference(x: Tensor) -> bool:
     """Whether gradients, compilers and autocast leave the choice of kernels to us, on a CPU."""
-    return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return x.device.type == "cpu" and is_inference(x) and not torch.compiler.is_compiling()
 
 
 def _takes_onednn(x: Tensor, *others: Any) -> bool:

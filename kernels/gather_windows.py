@@ -34,7 +34,7 @@ def gather_windows_kernel(
     """Neighbours of the result are written side by side, whatever its layout."""
     program = tl.program_id(0).to(tl.int64)
     n = program // blocks
-    size = window_height.to(tl.int64) * window_width * channels
+    size = tl.cast(window_height, tl.int64) * window_width * channels
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     if CHANNELS_LAST:
         c = i % channels

@@ -273,7 +273,7 @@ def group_norm_silu_backward_kernel(
             tl.store(grad_x_ptr + to, value.to(grad_x_ptr.dtype.element_ty), mask=there)
     if REDUCE:
         to = sums_ptr + (n * chunks + chunk) * channels + c
-        step = samples.to(tl.int64) * chunks * channels
+        step = tl.cast(samples, tl.int64) * chunks * channels
         tl.store(to, gz_sum, mask=c < channels)
         tl.store(to + step, normed_gz_sum, mask=c < channels)
         tl.store(to + 2 * step, normed_sum, mask=c < channels)

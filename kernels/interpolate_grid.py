@@ -74,8 +74,8 @@ def interpolate_grid_kernel(
     t = program % tokens
     y = tl.load(points_ptr + 2 * n)
     x = tl.load(points_ptr + 2 * n + 1)
-    y = tl.where(y > 0.0, tl.minimum(y, (rows - 1).to(tl.float64)), 0.0)
-    x = tl.where(x > 0.0, tl.minimum(x, (columns - 1).to(tl.float64)), 0.0)
+    y = tl.where(y > 0.0, tl.minimum(y, tl.cast(rows - 1, tl.float64)), 0.0)
+    x = tl.where(x > 0.0, tl.minimum(x, tl.cast(columns - 1, tl.float64)), 0.0)
     top = y.to(tl.int64)
     left = x.to(tl.int64)
     low = tl.minimum(top + 1, rows - 1)

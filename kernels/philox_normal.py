@@ -64,7 +64,7 @@ def philox_normal_kernel(
     channel = (line // rows).to(tl.uint32)
     y = (line % rows + first_row).to(tl.uint32)
     x = (index % width).to(tl.uint32)
-    word0, word1, _, _ = tl.philox(seed, channel, y, x, tl.zeros_like(x) + step.to(tl.uint32))
+    word0, word1, _, _ = tl.philox(seed, channel, y, x, tl.zeros_like(x) + tl.cast(step, tl.uint32))
     radius = tl.sqrt_rn(2.0 * minus_log((word0 >> 8) + 1))
     tl.store(out_ptr + index, radius * cos_turn(word1 >> 8), mask=index < count)
 

@@ -139,7 +139,7 @@ def scatter_mean_kernel(
                 counter + c.to(tl.uint32),
                 counter + (y + first_row).to(tl.uint32),
                 x.to(tl.uint32),
-                counter + step.to(tl.uint32),
+                counter + tl.cast(step, tl.uint32),
             )
             normal = tl.sqrt_rn(2.0 * minus_log((word0 >> 8) + 1)) * cos_turn(word1 >> 8)
             total += _block_of(of_noise, dtype, BLOCK) * normal.to(dtype)

@@ -51,6 +51,10 @@ class Call:
         options = {name: _map(value, change) for name, value in self.options.items()}
         return Call(tuple(_map(value, change) for value in self.arguments), options)
 
+    def on(self, device: str) -> Call:
+        """The same on a device; numbers of windows stay on the CPU, where they are read."""
+        return self.map(lambda t: t if t.dtype == torch.int64 else t.to(device))
+
 
 def _map(value: Any, change: Layout) -> Any:
     if isinstance(value, Tensor):

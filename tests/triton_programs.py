@@ -39,7 +39,7 @@ def run(device: str) -> dict[str, str]:
             for dtype in operator.dtypes if everything else operator.dtypes[:1]:
                 call = make(dtype)
                 expected = call.map(doubled).run(operator.reference)
-                there = call.map(lambda tensor: tensor.to(device))
+                there = call.on(device)
                 if name == "philox_normal":
                     there.options["device"] = device
                 layouts = LAYOUTS if everything and dtype == operator.dtypes[0] else ["contiguous"]
@@ -152,7 +152,20 @@ def compile_ahead() -> dict[str, str]:
             made = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
             key = f"{kernel.__name__} {name} sm_{architecture}"
             found[key] = " ".join(sorted(made.asm))
+        if first:
+            found[f"{kernel.__name__} {name} of ones"] = _compile_for_ones(kernel, signature, flags)
     return found
+
+
+def _compile_for_ones(kernel: Any, signature: dict[str, str], flags: dict[str, Any]) -> str:
+    """Whole numbers that are 1 are constants to Triton, which have no methods of tensors."""
+    from triton.backends.compiler import GPUTarget
+
+    ones = {name: 1 for name, kind in signature.items() if kind in ("i32", "i64")}
+    constants = signature | dict.fromkeys(ones, "constexpr")
+    source = triton.compiler.ASTSource(kernel, constants, constexprs={**flags, **ones})
+    made = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURES[0], 32))
+    return " ".join(sorted(made.asm))
 
 
 def _norm_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:

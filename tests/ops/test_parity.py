@@ -68,7 +68,7 @@ def test_on_a_gpu_every_backend_agrees_with_the_reference(
     name: str, case: str, dtype: torch.dtype, backend: str
 ) -> None:
     call, expected = made(name, case, dtype)
-    on_gpu = call.map(torch.Tensor.cuda)
+    on_gpu = call.on("cuda")
     if name == "philox_normal":
         on_gpu.options["device"] = "cuda"
     for layout, change in LAYOUTS.items():

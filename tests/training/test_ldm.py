@@ -44,17 +44,16 @@ def test_latents_and_embeddings_are_those_of_the_same_patches(
     assert cache.latents.shape == (6, 3, 8, 8)
     assert cache.embeddings.shape == (6, 1, 12)
     pool = PatchPool(read_run(trained.recipe("ldm"), LDMRecipe)[1], trained.root)
-    rng = np.random.default_rng(3)
-    patches = torch.from_numpy(np.stack([pool.patch(rng, PATCH_PX) for _ in range(6)]))
+    x = pool.sample(6, PATCH_PX, seed=3)
     vae = load_vae(trained.recipe("vae"), trained.run("vae"))
     encoder = load_encoder(trained.recipe("encoder"), trained.run("encoder"))
     with torch.no_grad():
-        expected = vae.encode(patches.permute(0, 3, 1, 2) / 127.5 - 1)
+        expected = vae.encode(x)
     torch.testing.assert_close(
         torch.from_numpy(cache.latents).float(), expected, rtol=2e-3, atol=2e-3
     )
     torch.testing.assert_close(
-        torch.from_numpy(cache.embeddings).float(), encoder(patches), rtol=2e-3, atol=2e-3
+        torch.from_numpy(cache.embeddings).float(), encoder((x + 1) / 2), rtol=2e-3, atol=2e-3
     )
 
 
@@ -87,11 +86,11 @@ def test_latents_are_made_once_and_again_only_when_something_changed(
 def test_latents_that_were_not_finished_are_made_again(
     trained: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(latents_module, "to_float", stop)
+        patch.setattr(PatchPool, "patches", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(trained, tmp_path)
     assert not (tmp_path / "latents.json").exists()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ssldiff_fast.training.encoder import load_encoder, train_encoder
 from ssldiff_fast.training.fit import MovingAverage, Task, averaged_weights, run
 from ssldiff_fast.training.folder import read_checkpoint, recorded_recipe
+from ssldiff_fast.training.ldm import train_ldm
 from ssldiff_fast.training.recipe import FitRecipe
 from ssldiff_fast.training.vae import load_vae, train_vae
 from tiny_training import FIT, Workshop
@@ -195,6 +197,130 @@ def test_a_folder_with_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
 def test_an_unknown_device_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device is 'abacus'"):
         train(tmp_path, device="abacus")
+
+
+class Slow(Callback):
+    """Each step takes a while."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        time.sleep(0.05)
+
+
+class Rates(Callback):
+    """Notes the share done and the learning rate after each step."""
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[float, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Task)
+        self.noted.append((pl_module.done, trainer.optimizers[0].param_groups[0]["lr"]))
+
+
+def test_a_time_limit_ends_a_run_with_its_learning_rate_at_the_end_too(tmp_path: Path) -> None:
+    rates = Rates()
+    train(tmp_path, LineTask(steps=10_000), minutes=1.0 / 60, callbacks=[Slow(), rates])
+    steps = read_checkpoint(tmp_path)["global_step"]
+    assert 5 < steps <= 21
+    shares, rate = zip(*rates.noted)
+    assert shares[-1] == 1
+    assert list(shares) == sorted(shares)
+    # The last step's rate is that of the time before it: near a twentieth of 1e-3.
+    assert rate[1] > 9e-4
+    assert rate[-1] < 1.5e-4
+    assert rate[len(rate) // 2] == pytest.approx(5e-4, abs=2e-4)
+
+
+def test_the_time_of_all_parts_of_a_run_counts(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, LineTask(steps=900), minutes=1, callbacks=[Slow(), At(8, interrupt)])
+    clock = read_checkpoint(tmp_path)["callbacks"]["Clock"]
+    assert 0.4 <= clock["seconds"] < 3
+    task, rates = LineTask(steps=900), Rates()
+    limit = (clock["seconds"] + 0.2) / 60
+    train(tmp_path, task, resume=True, minutes=limit, callbacks=[Slow(), rates])
+    assert 1 <= len(task.seen) <= 5
+    assert rates.noted[0][0] > 0.5
+
+
+def test_a_run_within_its_time_is_not_changed_by_the_limit(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    start = {k: v.clone() for k, v in LineTask().state_dict().items()}
+    ends = []
+    for minutes in (None, 1e6):
+        task = LineTask()
+        task.load_state_dict(start)
+        ends.append(train(tmp_path / str(minutes), task, minutes=minutes).layer.weight.detach())
+    torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan")])
+def test_a_time_limit_that_is_none_is_an_error(tmp_path: Path, minutes: float) -> None:
+    with pytest.raises(ValueError, match="but a time above 0 was expected"):
+        train(tmp_path, minutes=minutes)
+
+
+class AsideTask(LineTask):
+    """Is best in the middle of its run, and remembers what it was evaluated with."""
+
+    def held_out(self) -> dict[str, Tensor]:
+        self.evaluated = getattr(self, "evaluated", [])
+        self.evaluated.append({k: v.detach().clone() for k, v in self.state_dict().items()})
+        assert not torch.is_grad_enabled()
+        return {"held_out_loss": (torch.tensor(self.done) - 0.5).abs()}
+
+
+def test_the_averages_that_are_best_on_what_was_set_aside_are_kept(tmp_path: Path) -> None:
+    task = AsideTask(steps=8, evaluations=4, ema_decay=0.5)
+    train(tmp_path, task)
+    assert len(task.evaluated) == 4
+    best = task.evaluated[1]
+    saved = averaged_weights(tmp_path)
+    for name, value in best.items():
+        assert torch.equal(saved[name], value)
+        assert torch.equal(task.state_dict()[name], value)
+    last = read_checkpoint(tmp_path)["callbacks"]["MovingAverage"]["average"]
+    assert not torch.equal(last["layer.weight"], best["layer.weight"])
+    # Evaluation had the averages, and training went on with its own weights.
+    assert not torch.equal(best["layer.weight"], task.seen[3]["layer.weight"])
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert "held_out_loss" in lines[0]
+    assert len(lines) == 5
+
+
+def test_training_goes_on_from_its_own_weights_after_an_evaluation(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    plain, aside = LineTask(steps=6), AsideTask(steps=6, evaluations=6)
+    aside.load_state_dict(plain.state_dict())
+    train(tmp_path / "plain", plain)
+    train(tmp_path / "aside", aside)
+    for mine, theirs in zip(plain.seen, aside.seen):
+        assert torch.equal(mine["layer.weight"], theirs["layer.weight"])
+
+
+def test_the_best_averages_are_kept_through_a_run_that_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, AsideTask(steps=8, evaluations=8), callbacks=[At(5, interrupt)])
+    before = averaged_weights(tmp_path)
+    train(tmp_path, AsideTask(steps=8, evaluations=8), resume=True)
+    for name, value in averaged_weights(tmp_path).items():
+        assert torch.equal(value, before[name])
+
+
+def test_trainers_evaluate_what_was_set_aside(shop: Workshop) -> None:
+    data = yaml.safe_load((shop.root / "data.yaml").read_text())
+    data["sources"][0]["holdout"] = ["1.png"]
+    (shop.root / "data.yaml").write_text(yaml.safe_dump(data))
+    changes = {"fit__evaluations": 2}
+    recipe = shop.recipe("vae", **changes, fixed_share=0.5)
+    train_vae(recipe, shop.root, shop.run("vae"), progress=False)
+    lines = (shop.run("vae") / "metrics.csv").read_text()
+    for name in ("held_out_psnr", "held_out_psnr_fixed", "held_out_grey_levels_apart"):
+        assert name in lines
+    train_encoder(shop.recipe("encoder"), shop.root, shop.run("encoder"), progress=False)
+    parts = {**shop.parts, "vae_recipe": recipe}
+    train_ldm(shop.recipe("ldm", **changes), shop.root, shop.run("ldm"), **parts, progress=False)
+    assert "held_out_loss" in (shop.run("ldm") / "metrics.csv").read_text()
 
 
 # The run's folder, through the trainers.

@@ -55,6 +55,11 @@ def _run_options(recipe: str) -> Callable[[Callable[..., None]], Callable[..., N
         ),
         click.option("--resume", is_flag=True, help="Go on from the folder's last checkpoint."),
         click.option("--device", default="cpu", show_default=True),
+        click.option(
+            "--minutes",
+            type=click.FloatRange(min=0, min_open=True),
+            help="Train for so long at most; the recipe's schedule shrinks to fit.",
+        ),
     ]
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -121,13 +126,19 @@ def _parts(
     help="Folder of another run whose weights this one starts from (he-demo-decoder needs one).",
 )
 def train_vae(
-    recipe: str, data: Path, output: Path, resume: bool, device: str, start: Path | None
+    recipe: str,
+    data: Path,
+    output: Path,
+    resume: bool,
+    device: str,
+    minutes: float | None,
+    start: Path | None,
 ) -> None:
     """Train a VQ autoencoder, the first stage."""
     from ssldiff_fast.training.vae import train_vae
 
     with _training(output):
-        train_vae(recipe, data, output, start=start, resume=resume, device=device)
+        train_vae(recipe, data, output, start=start, resume=resume, device=device, minutes=minutes)
     click.echo(f"{output}: trained.")
     click.echo(f"next: ssldiff train encoder --data {data} -o RUN_FOLDER --vae {output}")
 
@@ -144,6 +155,7 @@ def train_encoder(
     output: Path,
     resume: bool,
     device: str,
+    minutes: float | None,
     vae: Path | None,
     vae_recipe: str | None,
 ) -> None:
@@ -154,7 +166,7 @@ def train_encoder(
     if vae is not None:
         parts = {"vae_folder": vae, "vae_recipe": _recipe_of(vae, vae_recipe, "vae")}
     with _training(output):
-        train_encoder(recipe, data, output, **parts, resume=resume, device=device)
+        train_encoder(recipe, data, output, **parts, resume=resume, device=device, minutes=minutes)
     click.echo(f"{output}: trained.")
     click.echo(f"next: ssldiff train ldm --data {data} -o RUN_FOLDER --vae ... --encoder {output}")
 
@@ -168,6 +180,7 @@ def train_ldm(
     output: Path,
     resume: bool,
     device: str,
+    minutes: float | None,
     vae: Path,
     vae_recipe: str | None,
     encoder: Path,
@@ -178,7 +191,7 @@ def train_ldm(
 
     parts = _parts(vae, vae_recipe, encoder, encoder_recipe)
     with _training(output):
-        train_ldm(recipe, data, output, **parts, resume=resume, device=device)
+        train_ldm(recipe, data, output, **parts, resume=resume, device=device, minutes=minutes)
     click.echo(f"{output}: trained.")
     click.echo(
         f"next: ssldiff train export -o MODEL_FOLDER --ldm {output} --vae {vae} --encoder {encoder}"

@@ -2,15 +2,21 @@
 """Random patches from a handful of images, for every trainer.
 
 Few images become many patches: random position, a scale around the target mpp, one of the eight
-symmetries of the square (D4), and a mild jitter of the stain in optical density.
+symmetries of the square (D4), and a mild jitter of the stain in optical density. What is drawn is
+decided on the CPU, the same for every device; the pixels are gathered on the device that trains, a
+whole batch at a time.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +29,8 @@ from ssldiff_fast.training.recipe import DataRecipe, SourceRecipe
 _WHITE_STD = 6.0  # grey levels: below it a patch is background
 _WHITE_KEEP = 0.25  # share of background patches that are kept
 _TRIES = 64  # rejected positions before an image is given up for this draw
+_SAMPLED = 8  # each so many-th row and column says whether a patch is background
+_NOWHERE, _BACKGROUND, _TISSUE = 0, 1, 2  # what a patch with its corner there is
 
 
 @dataclass(frozen=True)
@@ -41,18 +49,61 @@ class PoolImage:
             for ex, ey, ew, eh in self.excluded
         )
 
-    def has_room(self, size: int) -> bool:
-        """Whether any patch of that side is allowed."""
+    def kinds(self, size: int) -> np.ndarray:  # [H - size + 1, W - size + 1] uint8, or empty
+        """What a patch is by its top-left corner: tissue, background, or not allowed (0)."""
         height, width = self.pixels.shape[:2]
-        # An allowed patch stays allowed while it slides up and left until it meets a border of the
-        # image or of an excluded region, so that these corners are all that need trying.
-        rows = {0, *(math.ceil(ey + eh) for _, ey, _, eh in self.excluded)}
-        columns = {0, *(math.ceil(ex + ew) for ex, _, ew, _ in self.excluded)}
-        return any(
-            0 <= y <= height - size and 0 <= x <= width - size and self.allows(y, x, size)
-            for y in rows
-            for x in columns
-        )
+        rows, columns = height - size + 1, width - size + 1
+        if min(rows, columns) < 1:
+            return np.zeros((0, 0), np.uint8)
+        kinds = np.where(_is_tissue(self.pixels, size), np.uint8(_TISSUE), np.uint8(_BACKGROUND))
+        for ex, ey, ew, eh in self.excluded:  # as `allows` says it, for all corners
+            down = slice(*_between(ey - size, ey + eh, rows))
+            kinds[down, slice(*_between(ex - size, ex + ew, columns))] = _NOWHERE
+        return kinds
+
+
+def _between(low: float, high: float, count: int) -> tuple[int, int]:
+    """The whole numbers n of range(count) with low < n < high, as first and one past the last."""
+    return min(count, max(0, math.floor(low) + 1)), max(0, min(count, math.ceil(high)))
+
+
+def _is_tissue(
+    pixels: np.ndarray,  # [H, W, 3] uint8
+    size: int,
+) -> np.ndarray:  # [H - size + 1, W - size + 1] bool
+    """Whether the standard deviation of a patch's sampled pixels shows more than background."""
+    sums, squares = (np.zeros(pixels.shape[:2], np.int32) for _ in range(2))
+    for channel in range(3):  # numpy sums along three values slowly
+        plane = pixels[..., channel].astype(np.int32)
+        sums += plane
+        squares += plane * plane
+    sums, squares = _sampled_sums(sums, size), _sampled_sums(squares, size)
+    count = 3 * (-(-size // _SAMPLED)) ** 2
+    return np.asarray(squares / count - (sums / count) ** 2 > _WHITE_STD**2)
+
+
+def _sampled_sums(
+    values: np.ndarray,  # [H, W] int32
+    size: int,
+) -> np.ndarray:  # [H - size + 1, W - size + 1] int32
+    """Sums over each eighth row and column of the square below and right of each position."""
+    for axis in (0, 1):
+        values = np.moveaxis(values, axis, 0)
+        positions, left = len(values) - size + 1, -(-size // _SAMPLED)
+        total: Any = 0
+        power, width, offset = values, 1, 0
+        while True:  # `power` holds sums of `width` samples, which doubles
+            if left & 1:
+                part = power[offset * _SAMPLED :][:positions]
+                total = total + part
+                offset += width
+            left >>= 1
+            if not left:
+                break
+            power = power[: -width * _SAMPLED] + power[width * _SAMPLED :]
+            width *= 2
+        values = np.moveaxis(total, 0, axis)
+    return values
 
 
 def _read(path: Path) -> Image.Image:
@@ -78,6 +129,42 @@ def _scaled(
     return np.asarray(image.resize(size, Image.Resampling.LANCZOS)), factor
 
 
+def _scaled_images(
+    mpp: float, scales: list[float], wanted: tuple[Path, SourceRecipe]
+) -> list[PoolImage]:
+    """One file at each scale."""
+    path, source = wanted
+    image = _read(path)
+    images = []
+    for scale in scales:
+        pixels, factor = _scaled(image, source, mpp, scale)
+        excluded = tuple(
+            (x * factor, y * factor, w * factor, h * factor) for x, y, w, h in source.exclude
+        )
+        area = pixels.shape[0] * pixels.shape[1] / scale**2
+        images.append(PoolImage(path.name, pixels, excluded, source.weight * area))
+    return images
+
+
+@dataclass(frozen=True)
+class _Corners:
+    """What patches of one size may be drawn from: all images' corners, one image after another."""
+
+    kinds: np.ndarray  # [all] uint8
+    first: np.ndarray  # [images] int64, where an image's corners begin
+    rows: np.ndarray  # [images] int64
+    columns: np.ndarray  # [images] int64
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where patches are: image and top-left corner."""
+
+    image: np.ndarray  # [N] int64
+    y: np.ndarray  # [N] int64
+    x: np.ndarray  # [N] int64
+
+
 class PatchPool:
     """The images of a recipe, read once, at every scale of the recipe.
 
@@ -95,6 +182,7 @@ class PatchPool:
     def __init__(self, recipe: DataRecipe, root: Path, *, split: str = "train") -> None:
         self.recipe = recipe
         self.images: list[PoolImage] = []
+        wanted: list[tuple[Path, SourceRecipe]] = []
         if not root.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {root}; give the folder that holds the training images with "
@@ -114,83 +202,160 @@ class PatchPool:
                     f"the recipe's source '{source.files}' sets aside {missing[0]}, which is not "
                     f"among its files under {root}; correct the name"
                 )
-            for path in paths:
-                if (path.name in source.holdout) != (split == "holdout"):
-                    continue
-                self._add(path, source, scales)
+            wanted += [
+                (path, source)
+                for path in paths
+                if (path.name in source.holdout) == (split == "holdout")
+            ]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for images in threads.map(partial(_scaled_images, recipe.mpp, scales), wanted):
+                self.images += images
         if not self.images:
             raise ValueError(f"the recipe leaves no image for the split '{split}'")
         weights = np.array([im.weight for im in self.images])
         self._cumulative = np.cumsum(weights / weights.sum())
+        self._cumulative[-1] = 1.0
+        self._corners: dict[int, _Corners] = {}
+        self._pixels: dict[torch.device, Tensor] = {}
+        areas = [im.pixels.shape[0] * im.pixels.shape[1] for im in self.images]
+        self._first_pixel = np.cumsum([0, *areas[:-1]])
+        self._width = np.array([im.pixels.shape[1] for im in self.images])
 
-    def _add(self, path: Path, source: SourceRecipe, scales: list[float]) -> None:
-        image = _read(path)
-        for scale in scales:
-            pixels, factor = _scaled(image, source, self.recipe.mpp, scale)
-            excluded = tuple(
-                (x * factor, y * factor, w * factor, h * factor) for x, y, w, h in source.exclude
+    def _corners_of(self, size: int) -> _Corners:
+        if size not in self._corners:
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                kinds = list(threads.map(lambda image: image.kinds(size), self.images))
+            # Images without any room are never drawn: the draw would not end.
+            kinds = [k if (k > _NOWHERE).any() else k[:0, :0] for k in kinds]
+            self._corners[size] = _Corners(
+                np.concatenate([k.ravel() for k in kinds]),
+                np.cumsum([0, *(k.size for k in kinds[:-1])]),
+                np.array([k.shape[0] for k in kinds]),
+                np.array([k.shape[1] for k in kinds]),
             )
-            area = pixels.shape[0] * pixels.shape[1] / scale**2
-            self.images.append(PoolImage(path.name, pixels, excluded, source.weight * area))
+        return self._corners[size]
 
     def check_size(self, size: int) -> None:
         """Raise ValueError where no image has room for patches of that side."""
-        if not any(image.has_room(size) for image in self.images):
+        if not self._corners_of(size).kinds.any():
             raise ValueError(
                 f"no training image has room for patches of {size} pixels at "
                 f"{self.recipe.mpp:g} um per pixel outside the excluded regions; add larger images "
                 "or choose smaller patches"
             )
 
-    def position(self, rng: np.random.Generator, size: int) -> tuple[PoolImage, int, int]:
-        """An image, and the top-left corner `(y, x)` of a patch in it, mostly on tissue.
+    def places(self, rng: np.random.Generator, size: int, count: int) -> Places:
+        """Corners of `count` patches, mostly on tissue.
 
-        Call `check_size` first: where no patch is allowed, this does not return.
+        An image is drawn by its weight, then a corner in it, again and again until one is allowed
+        and is tissue, or background that is kept; after 64 tries another image is drawn.
+
+        Raises:
+            ValueError: no image has room for such patches.
         """
-        while True:
-            image = self.images[int(np.searchsorted(self._cumulative, rng.random()))]
-            height, width = image.pixels.shape[:2]
-            if min(height, width) < size:
-                continue
-            for _ in range(_TRIES):
-                y = int(rng.integers(height - size + 1))
-                x = int(rng.integers(width - size + 1))
-                if not image.allows(y, x, size):
-                    continue
-                sample = image.pixels[y : y + size : 8, x : x + size : 8]
-                if sample.std() > _WHITE_STD or rng.random() < _WHITE_KEEP:
-                    return image, y, x
+        self.check_size(size)
+        corners = self._corners_of(size)
+        image, y, x = (np.zeros(count, np.int64) for _ in range(3))
+        pending, tries = np.arange(count), np.full(count, _TRIES)
+        while len(pending):
+            fresh = pending[tries[pending] >= _TRIES]
+            image[fresh] = np.searchsorted(self._cumulative, rng.random(len(fresh)), side="right")
+            tries[fresh] = 0
+            rows, columns = corners.rows[image[pending]], corners.columns[image[pending]]
+            y[pending] = (rng.random(len(pending)) * rows).astype(np.int64)
+            x[pending] = (rng.random(len(pending)) * columns).astype(np.int64)
+            there = np.minimum(
+                corners.first[image[pending]] + y[pending] * columns + x[pending],
+                len(corners.kinds) - 1,
+            )
+            kind = np.where(rows > 0, corners.kinds[there], _NOWHERE)
+            kept = rng.random(len(pending)) < _WHITE_KEEP
+            tries[pending] = np.where(rows > 0, tries[pending] + 1, _TRIES)
+            pending = pending[(kind == _NOWHERE) | ((kind == _BACKGROUND) & ~kept)]
+        return Places(image, y, x)
 
-    def patch(self, rng: np.random.Generator, size: int) -> np.ndarray:  # [size, size, 3] uint8
-        """One augmented patch."""
-        image, y, x = self.position(rng, size)
-        return augment(image.pixels[y : y + size, x : x + size], rng, self.recipe.stain_jitter)
+    def beside(self, rng: np.random.Generator, places: Places, size: int) -> Places:
+        """A place for each, shifted by up to a quarter of the side where that is allowed."""
+        corners, margin = self._corners_of(size), size // 4
+        rows, columns = corners.rows[places.image], corners.columns[places.image]
+        shift = rng.integers(-margin, margin + 1, (2, len(places.image)))
+        y = np.clip(places.y + shift[0], 0, rows - 1)
+        x = np.clip(places.x + shift[1], 0, columns - 1)
+        allowed = corners.kinds[corners.first[places.image] + y * columns + x] != _NOWHERE
+        return Places(places.image, np.where(allowed, y, places.y), np.where(allowed, x, places.x))
+
+    def patches(
+        self,
+        rng: np.random.Generator,
+        places: Places,
+        size: int,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> Tensor:  # [N, 3, size, size] fp32 in [-1, 1]
+        """The patches there, each in one of the eight symmetries, with a jitter of its stain."""
+        count = len(places.image)
+        to = partial(send, device=torch.device(device))
+        width = self._width[places.image]
+        start, down, right = _turned(rng.integers(8, size=count), width, size)
+        start = start + self._first_pixel[places.image] + places.y * width + places.x
+        steps = torch.arange(size, device=device)
+        index = to(start)[:, None, None] + to(down)[:, None, None] * steps[:, None]
+        index = index + to(right)[:, None, None] * steps
+        pixels = self._on(torch.device(device))[index]  # [N, size, size, 3]
+        levels = to(stain_levels(rng, count, self.recipe.stain_jitter))  # [N, 3, 256]
+        planes = pixels.permute(0, 3, 1, 2).flatten(2).long()
+        return levels.gather(2, planes).unflatten(2, (size, size))
+
+    def sample(
+        self, count: int, size: int, *, seed: int, device: str | torch.device = "cpu"
+    ) -> Tensor:  # [count, 3, size, size] fp32 in [-1, 1]
+        """Patches that are always the same, for evaluation."""
+        rng = np.random.default_rng(seed)
+        return self.patches(rng, self.places(rng, size, count), size, device=device)
+
+    def _on(self, device: torch.device) -> Tensor:  # [all, 3] uint8
+        if device not in self._pixels:
+            flat = np.concatenate([image.pixels.reshape(-1, 3) for image in self.images])
+            self._pixels[device] = torch.from_numpy(flat).to(device)
+        return self._pixels[device]
 
 
-def augment(
-    patch: np.ndarray,  # [S, S, 3] uint8
-    rng: np.random.Generator,
-    stain_jitter: float,
-) -> np.ndarray:  # [S, S, 3] uint8
-    """One of the eight symmetries, then a gain per channel of the optical density."""
-    turned = np.rot90(patch, int(rng.integers(4)))
-    if rng.random() < 0.5:
-        turned = turned[:, ::-1]
-    if stain_jitter <= 0:
-        return np.ascontiguousarray(turned)
-    # I = 255 * 10^-OD: a gain g of the density is the power g of the transmitted light, so the
-    # white background stays white. One table per channel does it for all 256 grey levels.
-    gain = 1 + stain_jitter * rng.standard_normal(3) + stain_jitter * rng.standard_normal()
-    levels = np.arange(256)[:, None] / 255.0
-    table = np.rint(255 * levels ** gain.clip(0.5, 1.5)).astype(np.uint8)
-    return np.stack([table[turned[..., c], c] for c in range(3)], axis=-1)
+def send(values: np.ndarray, *, device: torch.device) -> Tensor:
+    """An array on a device, without waiting for what the device is doing."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
-def to_float(
-    patches: np.ndarray,  # [B, H, W, 3] uint8
-) -> Tensor:  # [B, 3, H, W] fp32 in [-1, 1]
-    """Pixels as the networks take them."""
-    return torch.from_numpy(patches).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+def _turned(
+    symmetry: np.ndarray,  # [N] 0 to 7
+    width: np.ndarray,  # [N] int64, of the images
+    size: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # each [N] int64
+    """Patches in the eight symmetries of the square, as a first pixel, relative to the corner, and
+    the distances in the image of pixels that are neighbours downwards and rightwards."""
+    up, left, swapped = symmetry % 2, symmetry // 2 % 2, symmetry // 4 == 1
+    first = up * (size - 1) * width + left * (size - 1)
+    rows, columns = (1 - 2 * up) * width, 1 - 2 * left
+    return first, np.where(swapped, columns, rows), np.where(swapped, rows, columns)
+
+
+def stain_levels(
+    rng: np.random.Generator, count: int, stain_jitter: float
+) -> np.ndarray:  # [count, 3, 256] fp32 in [-1, 1]
+    """What each grey level of each channel becomes: a gain of its optical density.
+
+    I = 255 * 10^-OD: a gain g of the density is the power g of the transmitted light, so the white
+    background stays white.
+    """
+    levels = np.arange(256) / 255.0
+    gain = np.ones((count, 3))
+    if stain_jitter > 0:
+        gain = 1 + stain_jitter * rng.standard_normal((count, 3))
+        gain = (gain + stain_jitter * rng.standard_normal((count, 1))).clip(0.5, 1.5)
+    bytes_ = np.rint(255 * levels ** gain[..., None])
+    return (bytes_ / 127.5 - 1).astype(np.float32)
 
 
 class PatchBatches(IterableDataset[Tensor]):
@@ -202,8 +367,9 @@ class PatchBatches(IterableDataset[Tensor]):
         size: side of a patch in pixels.
         batch_size: B.
         seed: decides what is drawn, together with `start`.
-        views: patches of each place.
+        views: patches of each place, shifted by up to a quarter of their side.
         start: steps done before: a run that goes on draws new patches instead of the first again.
+        device: where batches are made.
 
     Raises:
         ValueError: the pool has no room for such patches.
@@ -218,10 +384,11 @@ class PatchBatches(IterableDataset[Tensor]):
         seed: int,
         views: int = 1,
         start: int = 0,
+        device: str | torch.device = "cpu",
     ) -> None:
         super().__init__()
         pool.check_size(size)
-        self.start = start
+        self.start, self.device = start, device
         self.pool, self.size, self.batch_size = pool, size, batch_size
         self.seed, self.views = seed, views
 
@@ -230,23 +397,12 @@ class PatchBatches(IterableDataset[Tensor]):
         stream = [self.seed, worker.id if worker else 0, *([self.start] if self.start else [])]
         rng = np.random.default_rng(stream)
         while True:
-            yield self._one_view(rng) if self.views == 1 else self._several_views(rng)
+            yield self._batch(rng)
 
-    def _one_view(self, rng: np.random.Generator) -> Tensor:
-        return to_float(np.stack([self.pool.patch(rng, self.size) for _ in range(self.batch_size)]))
-
-    def _several_views(self, rng: np.random.Generator) -> Tensor:
-        """Views of one place are shifted by up to a quarter of their side."""
-        margin, jitter = self.size // 4, self.pool.recipe.stain_jitter
-        patches = []
-        for _ in range(self.batch_size):
-            image, y, x = self.pool.position(rng, self.size)
-            height, width = image.pixels.shape[:2]
-            for _ in range(self.views):
-                vy = int(np.clip(y + rng.integers(-margin, margin + 1), 0, height - self.size))
-                vx = int(np.clip(x + rng.integers(-margin, margin + 1), 0, width - self.size))
-                if not image.allows(vy, vx, self.size):
-                    vy, vx = y, x
-                view = image.pixels[vy : vy + self.size, vx : vx + self.size]
-                patches.append(augment(view, rng, jitter))
-        return to_float(np.stack(patches)).unflatten(0, (self.batch_size, self.views))
+    def _batch(self, rng: np.random.Generator) -> Tensor:
+        places = self.pool.places(rng, self.size, self.batch_size)
+        cut = partial(self.pool.patches, size=self.size, device=self.device)
+        if self.views == 1:
+            return cut(rng, places)
+        views = [self.pool.beside(rng, places, self.size) for _ in range(self.views)]
+        return torch.stack([cut(rng, view) for view in views], dim=1)

@@ -98,11 +98,11 @@ class EncoderTask(Task):
         embeddings = self.network(x).float()
         first, second = self.projector(embeddings).float().chunk(2)
         loss = nt_xent(first, second, self.recipe.temperature)
-        with torch.no_grad():
-            a, b = F.normalize(embeddings, dim=1).chunk(2)
+        if self.logs:
+            a, b = F.normalize(embeddings.detach(), dim=1).chunk(2)
             self.log("cosine_pairs", (a * b).sum(1).mean(), prog_bar=True)
             self.log("cosine_others", (a * b.roll(1, 0)).sum(1).mean(), prog_bar=True)
-        self.log("loss", loss, prog_bar=True)
+            self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
     @torch.no_grad()
@@ -126,6 +126,7 @@ def train_encoder(
     resume: bool = False,
     device: str = "cpu",
     progress: bool = True,
+    minutes: float | None = None,
 ) -> Encoder:
     """Train an encoder and return it with its averaged weights.
 
@@ -138,6 +139,7 @@ def train_encoder(
         resume: go on from the folder's last checkpoint.
         device: "cpu", "cuda" or the like.
         progress: whether to show a progress bar.
+        minutes: train for so long at most; the schedule shrinks to fit.
 
     Raises:
         FileNotFoundError: no such recipe, folder or image.
@@ -167,8 +169,9 @@ def train_encoder(
         seed=recipe.fit.seed,
         views=2,
         start=done,
+        device=device,
     )
-    run(task, batches, folder, resume=resume, device=device, progress=progress)
+    run(task, batches, folder, resume=resume, device=device, progress=progress, minutes=minutes)
     return load_encoder(recipe_name, folder)
 
 

@@ -95,13 +95,15 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def averaged_weights(folder: Path) -> dict[str, Tensor]:
-    """The averaged weights in a run's folder, also while the run goes on.
+    """The averaged weights in a run's folder, also while the run goes on: the best on what was set
+    aside, where that is evaluated, or else the last.
 
     Raises:
         FileNotFoundError: the folder has no checkpoint yet.
         ValueError: its checkpoint is damaged.
     """
-    average: dict[str, Tensor] = read_checkpoint(folder)["callbacks"]["MovingAverage"]["average"]
+    kept = read_checkpoint(folder)["callbacks"]["MovingAverage"]
+    average: dict[str, Tensor] = kept.get("best") or kept["average"]
     return average
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from tqdm import tqdm
 from ssldiff_fast.encoders.encoder import Encoder, weights_hash
 from ssldiff_fast.models.autoencoder import Autoencoder
 from ssldiff_fast.slides.output import atomic_bytes
-from ssldiff_fast.training.data import PatchPool, to_float
+from ssldiff_fast.training.data import PatchPool, send
 from ssldiff_fast.training.folder import CHECKPOINT
 
-_CHUNK = 16  # patches encoded at once
+_CHUNK = {"cuda": 512}  # patches encoded at once, by kind of device
+_CHUNK_ELSEWHERE = 16
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def prepare_latents(
         done.unlink(missing_ok=True)
         vae.to(device)
         encoder.to(device)
-        _encode_all(pool, vae, encoder, folder, count=count, seed=seed, progress=progress)
+        with torch.backends.cudnn.flags(benchmark=True):
+            _encode_all(pool, vae, encoder, folder, count=count, seed=seed, progress=progress)
         vae.cpu()
         encoder.to("cpu")
         atomic_bytes(done, json.dumps(settings, indent=1).encode())
@@ -102,6 +105,24 @@ def _refuse_others(folder: Path, before: dict[str, Any], settings: dict[str, Any
             )
 
 
+def sample_latents(
+    pool: PatchPool,
+    vae: Autoencoder,
+    encoder: Encoder,
+    *,
+    count: int,
+    seed: int,
+    device: str = "cpu",
+) -> LatentCache:
+    """Latents and embeddings of `count` random patches that are always the same, for evaluation."""
+    vae.to(device)
+    encoder.to(device)
+    parts = list(_encoded(pool, vae, encoder, count=count, seed=seed))
+    vae.cpu()
+    encoder.to("cpu")
+    return LatentCache(*(np.concatenate(arrays) for arrays in zip(*parts)))
+
+
 @torch.inference_mode()
 def _encode_all(
     pool: PatchPool,
@@ -119,37 +140,67 @@ def _encode_all(
     embeddings = np.lib.format.open_memmap(
         folder / "embeddings.npy", "w+", np.float16, (count, spec.tokens, spec.width)
     )
-    vae = vae.to(memory_format=torch.channels_last)
-    rng = np.random.default_rng(seed)
-    with tqdm(total=count, desc="latents", unit="patch", disable=not progress) as bar:
-        for start in range(0, count, _CHUNK):
-            stop = min(start + _CHUNK, count)
-            patches = np.stack([pool.patch(rng, side) for _ in range(stop - start)])
-            x = to_float(patches).to(next(vae.parameters()).device)
-            x = x.contiguous(memory_format=torch.channels_last)
-            latents[start:stop] = vae.encode(x).cpu().numpy()
-            embeddings[start:stop] = encoder(patches).numpy()
-            bar.update(stop - start)
+    often = 0.1 if sys.stderr.isatty() else 5.0
+    done = 0
+    with tqdm(
+        total=count, desc="latents", unit="patch", disable=not progress, mininterval=often
+    ) as bar:
+        for latent, embedding in _encoded(pool, vae, encoder, count=count, seed=seed):
+            latents[done : done + len(latent)] = latent
+            embeddings[done : done + len(latent)] = embedding
+            done += len(latent)
+            bar.update(len(latent))
     latents.flush()
     embeddings.flush()
+
+
+@torch.inference_mode()
+def _encoded(
+    pool: PatchPool, vae: Autoencoder, encoder: Encoder, *, count: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Latents and embeddings [n, ...] fp16 of random patches, a batch at a time."""
+    side = encoder.spec.patch_px
+    vae = vae.to(memory_format=torch.channels_last)
+    device = next(vae.parameters()).device
+    chunk = _CHUNK.get(device.type, _CHUNK_ELSEWHERE)
+    # In half precision where that is the faster.
+    half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    rng = np.random.default_rng(seed)
+    for start in range(0, count, chunk):
+        places = pool.places(rng, side, min(chunk, count - start))
+        x = pool.patches(rng, places, side, device=device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with half:
+            latent = vae.encode(x)
+            embedding = encoder((x + 1) / 2)
+        yield latent.half().cpu().numpy(), embedding.half().numpy()
 
 
 class LatentBatches(IterableDataset[tuple[Tensor, Tensor]]):
     """Endless batches (latents [B, C, h, w], embeddings [B, T, D]) in fp32, drawn at random.
 
     `start` is the number of steps done before: a run that goes on draws others than at first.
+    Everything is kept on `device`, which makes the batches.
     """
 
-    def __init__(self, cache: LatentCache, *, batch_size: int, seed: int, start: int = 0) -> None:
+    def __init__(
+        self,
+        cache: LatentCache,
+        *,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> None:
         super().__init__()
-        self.start = start
-        self.cache, self.batch_size, self.seed = cache, batch_size, seed
+        self.start, self.device = start, torch.device(device)
+        self.batch_size, self.seed = batch_size, seed
+        self.latents = torch.from_numpy(cache.latents).to(self.device)
+        self.embeddings = torch.from_numpy(cache.embeddings).to(self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         rng = np.random.default_rng([self.seed, self.start] if self.start else self.seed)
         while True:
-            chosen = rng.integers(len(self.cache.latents), size=self.batch_size)
-            yield (
-                torch.from_numpy(self.cache.latents[chosen]).float(),
-                torch.from_numpy(self.cache.embeddings[chosen]).float(),
-            )
+            chosen = rng.integers(len(self.latents), size=self.batch_size)
+            index = send(chosen, device=self.device)
+            yield self.latents[index].float(), self.embeddings[index].float()

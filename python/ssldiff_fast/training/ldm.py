@@ -22,11 +22,13 @@ from ssldiff_fast.training.data import PatchPool
 from ssldiff_fast.training.encoder import load_encoder
 from ssldiff_fast.training.fit import Task, run
 from ssldiff_fast.training.folder import averaged_weights, load_part, prepare_folder
-from ssldiff_fast.training.latents import LatentBatches, prepare_latents
+from ssldiff_fast.training.latents import LatentBatches, prepare_latents, sample_latents
 from ssldiff_fast.training.recipe import LDMRecipe, read_recipe, read_run
-from ssldiff_fast.training.vae import load_vae
+from ssldiff_fast.training.vae import load_vae, load_vae_statistics
 
 _SCALE = "scale_factor.txt"
+_ASIDE = 512  # patches of what was set aside that are evaluated
+_CHUNK = 128
 
 
 def build_model(recipe: LDMRecipe, vae: Autoencoder, encoder: Encoder) -> LatentDiffusion:
@@ -57,27 +59,56 @@ def build_model(recipe: LDMRecipe, vae: Autoencoder, encoder: Encoder) -> Latent
 class LDMTask(Task):
     """Denoising of latents, with the embedding dropped now and then for guidance."""
 
+    signal: Tensor
+    sigma: Tensor
+
     def __init__(self, recipe: LDMRecipe, model: LatentDiffusion) -> None:
         super().__init__(recipe.fit)
         assert model.conditioner is not None
         self.recipe = recipe
         self.unet, self.conditioner = model.unet, model.conditioner
+        self.unet.to(memory_format=torch.channels_last)
         self.schedule, self.scale_factor = model.schedule, model.scale_factor
+        # sqrt(abar) and sqrt(1 - abar) of each timestep, where the steps need them.
+        abar = self.schedule.alphas_cumprod
+        self.register_buffer("signal", abar.sqrt().float(), persistent=False)
+        self.register_buffer("sigma", (1 - abar).sqrt().float(), persistent=False)
+        self.aside: tuple[Tensor, Tensor] | None = None  # latents and embeddings
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         latents, embeddings = batch
         x0 = (latents * self.scale_factor).contiguous()
         kept = torch.rand(len(x0), 1, 1, device=x0.device) >= self.recipe.drop_condition
-        context = self.conditioner(embeddings * kept)
         t = torch.randint(0, self.schedule.num_train_timesteps, (len(x0),), device=x0.device)
-        noise = torch.randn_like(x0)
-        output = self.unet(self.schedule.add_noise(x0, noise, t), t, context).float()
+        loss = self._loss(x0, embeddings * kept, t, torch.randn_like(x0))
+        if self.logs:
+            self.log("loss", loss.detach(), prog_bar=True, on_step=True)
+        return loss
+
+    def _loss(self, x0: Tensor, embeddings: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Mean square distance to what the network should predict, as `Schedule` has it."""
+        signal, sigma = self.signal[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
+        context = self.conditioner(embeddings)
+        output = self.unet(signal * x0 + sigma * noise, t, context).float()
         target = {"eps": noise, "x0": x0}.get(self.recipe.prediction)
         if target is None:
-            target = self.schedule.velocity(x0, noise, t)
-        loss = F.mse_loss(output, target)
-        self.log("loss", loss, prog_bar=True, on_step=True)
-        return loss
+            target = signal * noise - sigma * x0
+        return F.mse_loss(output, target)
+
+    def held_out(self) -> dict[str, Tensor]:
+        """The loss on what was set aside, always at the same timesteps and with the same noise."""
+        if self.aside is None:
+            return {}
+        latents, embeddings = self.aside
+        x0 = latents.float() * self.scale_factor
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        count = len(x0)
+        t = torch.arange(count, device=x0.device) * self.schedule.num_train_timesteps // count
+        t = t[torch.randperm(count, generator=generator).to(t.device)]
+        chunks = (part.split(_CHUNK) for part in (x0, embeddings.float(), t, noise))
+        losses = [self._loss(*parts) * len(parts[0]) for parts in zip(*chunks)]
+        return {"held_out_loss": torch.stack(losses).sum() / count}
 
 
 def train_ldm(
@@ -92,6 +123,7 @@ def train_ldm(
     resume: bool = False,
     device: str = "cpu",
     progress: bool = True,
+    minutes: float | None = None,
 ) -> LatentDiffusion:
     """Train the diffusion model on a trained autoencoder and encoder.
 
@@ -104,6 +136,8 @@ def train_ldm(
         resume: go on from the folder's last checkpoint.
         device: "cpu", "cuda" or the like.
         progress: whether to show progress bars.
+        minutes: train for so long at most, beside the time to prepare latents; the schedule shrinks
+            to fit.
 
     Returns:
         The model with its averaged weights, on the CPU.
@@ -119,6 +153,7 @@ def train_ldm(
     vae, encoder = load_vae(vae_recipe, vae_folder), load_encoder(encoder_recipe, encoder_folder)
     L.seed_everything(recipe.fit.seed, verbose=False)
     model = build_model(recipe, vae, encoder)
+    model.set_statistics(load_vae_statistics(vae_recipe, vae_folder))
     pool = PatchPool(images, data)
     done = prepare_folder(folder, recipe, images, resume=resume)
     cache = prepare_latents(
@@ -133,10 +168,16 @@ def train_ldm(
     )
     model.scale_factor = _scale_factor(folder, cache.latents)
     batches = LatentBatches(
-        cache, batch_size=recipe.fit.batch_size, seed=recipe.fit.seed, start=done
+        cache, batch_size=recipe.fit.batch_size, seed=recipe.fit.seed, start=done, device=device
     )
     task = LDMTask(recipe, model)
-    run(task, batches, folder, resume=resume, device=device, progress=progress)
+    if recipe.fit.evaluations:
+        others = PatchPool(images, data, split="holdout")
+        aside = sample_latents(others, vae, encoder, count=_ASIDE, seed=0, device=device)
+        task.aside = tuple(  # type: ignore[assignment]
+            torch.from_numpy(part).to(device) for part in (aside.latents, aside.embeddings)
+        )
+    run(task, batches, folder, resume=resume, device=device, progress=progress, minutes=minutes)
     return model.cpu().eval()
 
 
@@ -158,6 +199,7 @@ def load_ldm(
     recipe = read_recipe(recipe_name, LDMRecipe)
     vae, encoder = load_vae(vae_recipe, vae_folder), load_encoder(encoder_recipe, encoder_folder)
     model = build_model(recipe, vae, encoder)
+    model.set_statistics(load_vae_statistics(vae_recipe, vae_folder))
     weights = averaged_weights(folder)
     for part in ("unet", "conditioner"):
         load_part(getattr(model, part), weights, f"{part}.", folder)

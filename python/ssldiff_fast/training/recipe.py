@@ -56,6 +56,7 @@ class FitRecipe(_Strict):
     precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
     seed: int = Field(0, ge=0, lt=2**32)
     save_every_steps: int = Field(500, gt=0)
+    evaluations: int = Field(0, ge=0)  # on the files set aside; the best averages are kept
 
 
 class RunRecipe(_Strict):
@@ -77,6 +78,10 @@ class VAERecipe(RunRecipe):
     gradient_weight: float = Field(1.0, ge=0)
     colour_weight: float = Field(0.0, ge=0)  # of the mean colour of squares of 8 pixels
     commitment: float = Field(0.25, ge=0)
+    # Also decode this share of a batch with the norms' statistics over all batches (population.py),
+    # and pull both results together with this weight.
+    fixed_share: float = Field(0.0, ge=0, le=1)
+    agreement_weight: float = Field(1.0, ge=0)
     decoder_only: bool = False  # latents and codes stay as they are in the run that it starts from
 
 

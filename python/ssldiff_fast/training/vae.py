@@ -4,11 +4,17 @@
 A codebook that starts at random on few images collapses to a handful of codes, so the first
 steps run without quantisation (with a little noise on the latent instead, which makes the decoder
 forgiving), and the codebook then starts from latents.
+
+With `fixed_share`, some of each batch is decoded a second time with the norms' statistics over all
+batches, and both results are pulled together: a large canvas may then be decoded in parts, whose
+own statistics would show.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,14 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssldiff_fast.models.autoencoder import VQModel
+from ssldiff_fast.ops import GroupNormStatistics
 from ssldiff_fast.ops.vq_nearest import vq_nearest
 from ssldiff_fast.training.data import PatchBatches, PatchPool
 from ssldiff_fast.training.fit import MovingAverage, Task, run
 from ssldiff_fast.training.folder import averaged_weights, load_part, prepare_folder
+from ssldiff_fast.training.population import PopulationStatistics
 from ssldiff_fast.training.recipe import VAERecipe, read_recipe, read_run
 
 _KMEANS_STEPS = 10
 _LATENTS_PER_CODE = 32  # latents gathered per code before the codebook is made
+_LATENTS_PER_STEP = 4096
+_ASIDE = 96  # patches of what was set aside that are evaluated
+_CHUNK = 16
 
 
 def gradient_difference(
@@ -77,24 +88,70 @@ class VAETask(Task):
         super().__init__(recipe.fit)
         self.recipe = recipe
         self.model = build_vae(recipe)
+        self.population = PopulationStatistics(self.model) if recipe.fixed_share else None
+        self.quantised = False
+        self.aside: Tensor | None = None  # [N, 3, S, S]
         self._recent: list[Tensor] = []
         if recipe.decoder_only:
             for part in (self.model.encoder, self.model.quant_conv, self.model.quantize):
                 part.requires_grad_(False)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        # PyTorch's CPU GroupNorm is some 40 times slower backwards in channels-last bf16 than in
-        # contiguous bf16, which costs more than the convolutions gain by channels-last.
-        x = batch.contiguous()
-        with torch.set_grad_enabled(not self.recipe.decoder_only):
+        x = batch.contiguous(memory_format=_layout(batch))
+        fit, recipe = self.recipe.fit, self.recipe
+        with torch.set_grad_enabled(not recipe.decoder_only):
             z = self.model.encode(x).float()
-            quantised = self.global_step >= self.recipe.unquantised_steps
-            latent, extra = self._quantise(z) if quantised else self._perturb(z)
-        out = self.model.decode(latent, quantize=False).float()
-        mse = F.mse_loss(out.detach(), x)
-        self.log("psnr", 10 * torch.log10(4.0 / mse), prog_bar=True)
-        self.log("latent_std", z.detach().std())
-        return self._reconstruction(out, x) + extra
+            self.quantised |= self.done >= recipe.unquantised_steps / fit.steps
+            latent, extra = self._quantise(z) if self.quantised else self._perturb(z)
+        both = self.population is not None and self.quantised
+        with self.population.watch() if both and self.population else nullcontext():
+            out = self.model.decode(latent, quantize=False).float()
+        loss = self._reconstruction(out, x)
+        if both:
+            loss = self._with_fixed(loss, out, latent, x)
+        if self.logs:
+            mse = F.mse_loss(out.detach(), x)
+            self.log("psnr", 10 * torch.log10(4.0 / mse), prog_bar=True)
+            self.log("latent_std", z.detach().std())
+        return loss + extra
+
+    def _with_fixed(self, loss: Tensor, out: Tensor, latent: Tensor, x: Tensor) -> Tensor:
+        """The mean loss of both ways to decode, and what they differ by."""
+        assert self.population is not None
+        count = max(1, round(self.recipe.fixed_share * len(x)))
+        fixed = self.population.fixed().decode(latent[:count], quantize=False).float()
+        apart = (fixed - out[:count]).abs().mean()
+        if self.logs:
+            self.log("grey_levels_apart", 127.5 * apart.detach(), prog_bar=True)
+        loss = 0.5 * (loss + self._reconstruction(fixed, x[:count]))
+        return loss + self.recipe.agreement_weight * apart
+
+    def held_out(self) -> dict[str, Tensor]:
+        """PSNR of what was set aside, and with fixed statistics: how far those differ, in grey
+        levels."""
+        if self.aside is None or not self.quantised:
+            return {}
+        parts = [self._figures(x) for x in self.aside.split(_CHUNK)]
+        return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+
+    def _figures(self, x: Tensor) -> dict[str, Tensor]:
+        x = x.contiguous(memory_format=_layout(x))
+        latent, _ = self.model.quantize(self.model.encode(x).float())
+        own = self.model.decode(latent, quantize=False).float()
+        figures = {"held_out_psnr": _psnr(own, x), "held_out_loss": self._reconstruction(own, x)}
+        if self.population is not None:
+            fixed = self.population.fixed().decode(latent, quantize=False).float()
+            figures["held_out_psnr_fixed"] = _psnr(fixed, x)
+            apart = (fixed.clamp(-1, 1) - own.clamp(-1, 1)).abs().mean()
+            figures["held_out_grey_levels_apart"] = 127.5 * apart
+            figures["held_out_loss"] = self._with_fixed(figures["held_out_loss"], own, latent, x)
+        return figures
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["quantised"] = self.quantised
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.quantised = bool(checkpoint.get("quantised", False))
 
     def _reconstruction(self, out: Tensor, x: Tensor) -> Tensor:
         recipe = self.recipe
@@ -105,8 +162,9 @@ class VAETask(Task):
 
     def _perturb(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Noise on the latent, whose scale is pulled towards one so that noise means something."""
-        self._recent.append(_rows(z)[:4096])
-        del self._recent[: -max(1, self.recipe.n_embed * _LATENTS_PER_CODE // 4096)]
+        rows = _rows(z)
+        self._recent.append(rows[:: max(1, len(rows) // _LATENTS_PER_STEP)][:_LATENTS_PER_STEP])
+        del self._recent[: -max(1, self.recipe.n_embed * _LATENTS_PER_CODE // _LATENTS_PER_STEP)]
         scale = (z.pow(2).mean() - 1).pow(2)
         return z + self.recipe.latent_noise * torch.randn_like(z), 0.01 * scale
 
@@ -117,7 +175,8 @@ class VAETask(Task):
             self._start_codebook(torch.cat(self._recent or [_rows(z)]))
         quantised, indices = self.model.quantize(z)  # straight-through
         codes = F.embedding(indices, self.model.quantize.embedding.weight).permute(0, 3, 1, 2)
-        self.log("codes_used", float(indices.unique().numel()), prog_bar=True)
+        if self.logs:
+            self.log("codes_used", float(indices.unique().numel()), prog_bar=True)
         loss = F.mse_loss(codes, z.detach()) + self.recipe.commitment * F.mse_loss(
             z, codes.detach()
         )
@@ -131,6 +190,17 @@ class VAETask(Task):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MovingAverage):
                 callback.restart(self, "model.quantize.")
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """Channels-last is what tensor cores want; a CPU is the slower for it."""
+    return torch.channels_last if x.is_cuda else torch.contiguous_format
+
+
+def _psnr(image: Tensor, x: Tensor) -> Tensor:
+    """Mean over images [B, C, H, W] in [-1, 1], in dB."""
+    mse = (image.clamp(-1, 1) - x).square().mean((1, 2, 3))
+    return (10 * torch.log10(4.0 / mse)).mean()
 
 
 def _rows(
@@ -148,6 +218,7 @@ def train_vae(
     resume: bool = False,
     device: str = "cpu",
     progress: bool = True,
+    minutes: float | None = None,
 ) -> VQModel:
     """Train an autoencoder and return it with its averaged weights.
 
@@ -160,6 +231,8 @@ def train_vae(
         resume: go on from the folder's last checkpoint.
         device: "cpu", "cuda" or the like.
         progress: whether to show a progress bar.
+        minutes: train for so long at most; the schedule, with the steps without quantisation,
+            shrinks to fit.
 
     Raises:
         FileNotFoundError: no such recipe, folder or image.
@@ -179,6 +252,7 @@ def train_vae(
     task = VAETask(recipe)
     if start is not None:
         load_part(task.model, averaged_weights(start), "model.", start)
+    task.model.to(memory_format=_layout(torch.empty(0, device=device)))
     _check_crop(recipe, task.model)
     pool = PatchPool(images, data)
     pool.check_size(recipe.crop_px)
@@ -189,8 +263,12 @@ def train_vae(
         batch_size=recipe.fit.batch_size,
         seed=recipe.fit.seed,
         start=done,
+        device=device,
     )
-    run(task, batches, folder, resume=resume, device=device, progress=progress)
+    if recipe.fit.evaluations:
+        aside = PatchPool(images, data, split="holdout")
+        task.aside = aside.sample(_ASIDE, recipe.crop_px, seed=recipe.fit.seed, device=device)
+    run(task, batches, folder, resume=resume, device=device, progress=progress, minutes=minutes)
     return task.model.cpu().eval()
 
 
@@ -205,6 +283,21 @@ def load_vae(recipe_name: str | Path, folder: Path) -> VQModel:
     model = build_vae(recipe)
     load_part(model, averaged_weights(folder), "model.", folder)
     return model.eval()
+
+
+def load_vae_statistics(recipe_name: str | Path, folder: Path) -> dict[str, GroupNormStatistics]:
+    """Statistics of the norms over all batches of a run, averaged as its weights; none where the
+    recipe decodes with each patch's own alone.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_vae`.
+    """
+    recipe = read_recipe(recipe_name, VAERecipe)
+    if not recipe.fixed_share:
+        return {}
+    population = PopulationStatistics(build_vae(recipe))
+    load_part(population, averaged_weights(folder), "population.", folder)
+    return population.by_name()
 
 
 def _check_crop(recipe: VAERecipe, model: VQModel) -> None:

@@ -27,6 +27,7 @@ STABLE_TORCH_LIBRARY(ssldiff, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("group_norm_statistics(Tensor x, int groups) -> (Tensor, Tensor)");
   m.def("interpolate_grid(Tensor grid, Tensor points, Tensor? valid, str mode) -> Tensor");
+  m.def("halve(Tensor pixels, float[] weights) -> Tensor");
   m.def("geglu(Tensor projected) -> Tensor");
   m.def("philox_normal(Tensor(a!) out, int seed, int first_row, int step) -> ()");
   m.def("philox4x32(Tensor counters, int seed) -> Tensor");

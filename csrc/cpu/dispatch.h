@@ -54,25 +54,35 @@ void run_portable(const Body& body, int64_t begin, int64_t end) {
   body(begin, end, VectorBytes<16>());
 }
 
-// Runs body(begin, end, VectorBytes) over [0, count) on torch's thread pool. The body's operator()
-// is SSLDIFF_INLINE, so that each path compiles it anew; it must not throw.
+template <typename Body>
+void run_on(CpuPath path, const Body& body, int64_t begin, int64_t end) {
+#if SSLDIFF_X86
+  if (path == CpuPath::kAvx512) {
+    run_avx512(body, begin, end);
+    return;
+  }
+  if (path == CpuPath::kAvx2) {
+    run_avx2(body, begin, end);
+    return;
+  }
+#endif
+  (void)path;
+  run_portable(body, begin, end);
+}
+
+// Runs body(0, count, VectorBytes) on the calling thread. The body's operator() is SSLDIFF_INLINE,
+// so that each path compiles it anew; it must not throw.
+template <typename Body>
+void dispatch(int64_t count, const Body& body) {
+  run_on(cpu_path(), body, 0, count);
+}
+
+// The same over parts of [0, count) on torch's thread pool, each of `grain` at least.
 template <typename Body>
 void parallel_dispatch(int64_t count, int64_t grain, const Body& body) {
   const CpuPath path = cpu_path();
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-#if SSLDIFF_X86
-    if (path == CpuPath::kAvx512) {
-      run_avx512(body, begin, end);
-      return;
-    }
-    if (path == CpuPath::kAvx2) {
-      run_avx2(body, begin, end);
-      return;
-    }
-#endif
-    (void)path;
-    run_portable(body, begin, end);
-  });
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t begin, int64_t end) { run_on(path, body, begin, end); });
 }
 
 }  // namespace ssldiff

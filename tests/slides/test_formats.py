@@ -22,7 +22,7 @@ from PIL import Image
 from slide_files import refuse, tissue_image
 from ssldiff_fast.slides import Georeference, open_writer
 from ssldiff_fast.slides.codecs import TIFF_CODECS
-from ssldiff_fast.slides.reduction import REDUCTIONS, halve
+from ssldiff_fast.slides.reduction import REDUCTIONS, halve_reference
 
 WIDTH, HEIGHT, MPP = 1301, 1100, 0.25
 RECIPE = {"model": "he-demo", "seed": 3, "note": "10 µm -- {braces} <tag> & ]]>"}
@@ -59,7 +59,7 @@ def digest(path: Path) -> str:
 def pyramid_of(image: np.ndarray, smallest: int = 512) -> list[np.ndarray]:
     levels = [image]
     while max(levels[-1].shape[:2]) > smallest:
-        levels.append(halve(levels[-1]))
+        levels.append(halve_reference(levels[-1]))
     return levels
 
 

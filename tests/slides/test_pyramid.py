@@ -16,7 +16,7 @@ from PIL import Image
 
 from slide_files import refuse, tissue_image, unwritable_folder
 from ssldiff_fast.slides import PyramidWriter, open_slide, open_writer
-from ssldiff_fast.slides.reduction import halve
+from ssldiff_fast.slides.reduction import REDUCTIONS
 
 # Mean absolute error of JPEG at quality 90 on smooth colours; the other codec is exact.
 JPEG_ERROR = 1.5
@@ -140,7 +140,7 @@ def test_the_bytes_depend_on_neither_chunks_nor_threads(tmp_path: Path, codec: s
 
 def test_halving_rounds_to_nearest_and_repeats_an_odd_border() -> None:
     rows = np.array([[0, 1, 2], [1, 1, 3], [4, 6, 9]], np.uint8)[..., None].repeat(3, 2)
-    assert halve(rows)[..., 0].tolist() == [[1, 3], [5, 9]]
+    assert REDUCTIONS["box"].halve(rows)[..., 0].tolist() == [[1, 3], [5, 9]]
 
 
 def test_nothing_has_the_final_name_before_it_is_whole(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from PIL import Image
 
 import ssldiff_fast as sf
 from ssldiff_fast.cli import main
-from tiny_training import Workshop, make_workshop
+from tiny_training import PATCH_PX, RECIPES, Workshop, make_workshop
 
 
 @pytest.fixture
@@ -176,3 +179,36 @@ def test_options_accept_underscores(shop: Workshop, capsys: pytest.CaptureFixtur
     options = ["--data", str(shop.root), "-o", str(shop.run("ldm")), *parts(shop)]
     assert main(["train", "ldm", *options, "--vae_recipe", "no-such-recipe"]) == 2
     assert "recipe 'no-such-recipe' is neither" in capsys.readouterr().err
+
+
+def test_one_command_trains_all_within_its_time_and_looks_at_the_model(
+    shop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps that would take hours, so that the time alone ends them."""
+    data = yaml.safe_load((shop.root / "data.yaml").read_text())
+    data["sources"][0]["holdout"] = ["1.png"]
+    (shop.root / "data.yaml").write_text(yaml.safe_dump(data))
+    recipes = []
+    for kind, more in (("vae", {"fixed_share": 0.5}), ("encoder", {}), ("ldm", {})):
+        changes = {"fit__steps": 100_000, "fit__save_every_steps": 10_000, **more}
+        if "unquantised_steps" in RECIPES[kind]:
+            changes["unquantised_steps"] = 40_000
+        path = shop.recipe(kind, **changes)
+        recipes += [f"--{kind}-recipe", str(path)]
+    out = shop.root / "all"
+    arguments = ["train", "all", "--data", str(shop.root), "-o", str(out), *recipes]
+    assert main([*arguments, "--minutes", "0.3"]) == 0
+    said = capsys.readouterr()
+    assert "all/model: trained." in said.out
+    model = sf.load(out / "model")
+    assert model.statistics
+    assert model.preview is not None
+    figures = json.loads((out / "look.json").read_text())
+    assert figures["psnr_fixed"] > 0
+    assert figures["grey_levels_apart"] > 0
+    assert -1 <= figures["similarity"] <= 1
+    picture = Image.open(out / "look.png")
+    assert picture.size == (4 * PATCH_PX, 8 * PATCH_PX)
+    assert len({pixel for _, pixel in picture.getcolors(1 << 20)}) > 100
+    assert main(arguments) == 2
+    assert "add --resume" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from ssldiff_fast.training.data import (
     PatchPool,
     Places,
     PoolImage,
+    stain_gains,
     stain_levels,
 )
 from ssldiff_fast.training.recipe import DataRecipe
@@ -117,21 +118,26 @@ def test_background_is_drawn_less_often_than_tissue(tmp_path: Path) -> None:
     assert 0.08 < share < 0.25  # a quarter of about half, of what is kept
 
 
+def jittered(seed: int, count: int, jitter: float) -> np.ndarray:  # [count, 3, 256]
+    gains = stain_gains(np.random.default_rng(seed), count, jitter)
+    return stain_levels(torch.from_numpy(gains)).numpy()
+
+
 def test_the_stain_jitter_keeps_white_white_and_black_black() -> None:
-    levels = stain_levels(np.random.default_rng(0), 50, 0.3)
+    levels = jittered(0, 50, 0.3)
     assert (levels[..., 0] == -1).all()
     assert (levels[..., 255] == 1).all()
 
 
 def test_without_jitter_grey_levels_stay() -> None:
-    levels = stain_levels(np.random.default_rng(0), 2, 0)
+    levels = jittered(0, 2, 0)
     expected = np.broadcast_to(np.arange(256), (2, 3, 256))
     np.testing.assert_allclose((levels + 1) * 127.5, expected, rtol=0, atol=1e-4)
 
 
 def test_the_stain_jitter_is_a_gain_of_the_optical_density_per_channel() -> None:
     before = np.arange(60, 200) / 255
-    after = (stain_levels(np.random.default_rng(1), 200, 0.1)[..., 60:200] + 1) / 2
+    after = (jittered(1, 200, 0.1)[..., 60:200] + 1) / 2
     density = np.log(after) / np.log(before)
     assert (density.std(-1) < 0.02).all()
     gains = density.mean(-1)  # [patches, channels]

@@ -26,6 +26,8 @@ def command() -> None:
       ssldiff train encoder --data IMAGES -o runs/encoder --vae runs/vae
       ssldiff train ldm --data IMAGES -o runs/ldm --vae runs/vae --encoder runs/encoder
       ssldiff train export -o my-model --ldm runs/ldm --vae runs/vae --encoder runs/encoder
+    Or all of it at once:
+      ssldiff train all --data IMAGES -o runs --minutes 30 --device cuda
 
     Needs: pip install 'ssldiff_fast[train]'
     """
@@ -123,7 +125,7 @@ def _parts(
 @click.option(
     "--start",
     type=_FOLDER,
-    help="Folder of another run whose weights this one starts from (he-demo-decoder needs one).",
+    help="Folder of another run whose weights this one starts from (decoder_only needs one).",
 )
 def train_vae(
     recipe: str,
@@ -241,3 +243,61 @@ def export(
     size = (output / "model.safetensors").stat().st_size
     click.echo(f"{output}: model '{model.name}', {size / 2**20:.1f} MB of weights.")
     click.echo(f"next: ssldiff demo --model {output}")
+
+
+@command.command(name="all")
+@click.option("--data", type=_FOLDER, required=True, help="Folder of the images.")
+@click.option(
+    "-o",
+    "--output",
+    type=_FOLDER,
+    required=True,
+    help="Gets vae, encoder and ldm, and the model in model.",
+)
+@click.option("--vae-recipe", default="he-demo-vae", show_default=True)
+@click.option("--encoder-recipe", default="he-demo-encoder", show_default=True)
+@click.option("--ldm-recipe", default="he-demo-ldm", show_default=True)
+@click.option(
+    "--minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    help="For everything; the recipes' schedules shrink to fit.",
+)
+@click.option("--card", type=_FILE, help="The model card: becomes README.md.")
+@click.option("--resume", is_flag=True, help="Go on where the same command was stopped.")
+@click.option("--device", default="cpu", show_default=True)
+def train_all(
+    data: Path,
+    output: Path,
+    vae_recipe: str,
+    encoder_recipe: str,
+    ldm_recipe: str,
+    minutes: float | None,
+    card: Path | None,
+    resume: bool,
+    device: str,
+) -> None:
+    """Train all three, write the model, and look at it.
+
+    With files set aside by the recipe of the images, look.png shows some of them beside what the
+    model makes of their embeddings, and look.json has figures.
+    """
+    from ssldiff_fast.training import whole
+    from ssldiff_fast.training.recipe import VAERecipe, read_run
+
+    text = None if card is None else card.read_text(encoding="utf-8")
+    with _training(output):
+        folder = whole.train_all(
+            data,
+            output,
+            recipes=whole.Recipes(vae_recipe, encoder_recipe, ldm_recipe),
+            minutes=minutes,
+            card=text,
+            resume=resume,
+            device=device,
+        )
+    click.echo(f"{folder}: trained.")
+    images = read_run(vae_recipe, VAERecipe)[1]
+    if any(source.holdout for source in images.sources):
+        look = whole.look_at(folder, images, data, output, device=device)
+        click.echo(f"{output / 'look.png'}: {look}")
+    click.echo(f"next: ssldiff demo --model {folder}")

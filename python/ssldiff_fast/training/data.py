@@ -302,7 +302,7 @@ class PatchPool:
         index = to(start)[:, None, None] + to(down)[:, None, None] * steps[:, None]
         index = index + to(right)[:, None, None] * steps
         pixels = self._on(torch.device(device))[index]  # [N, size, size, 3]
-        levels = to(stain_levels(rng, count, self.recipe.stain_jitter))  # [N, 3, 256]
+        levels = stain_levels(to(stain_gains(rng, count, self.recipe.stain_jitter)))
         planes = pixels.permute(0, 3, 1, 2).flatten(2).long()
         return levels.gather(2, planes).unflatten(2, (size, size))
 
@@ -341,21 +341,28 @@ def _turned(
     return first, np.where(swapped, columns, rows), np.where(swapped, rows, columns)
 
 
-def stain_levels(
+def stain_gains(
     rng: np.random.Generator, count: int, stain_jitter: float
-) -> np.ndarray:  # [count, 3, 256] fp32 in [-1, 1]
-    """What each grey level of each channel becomes: a gain of its optical density.
+) -> np.ndarray:  # [count, 3]
+    """Gains of the optical density of each channel, of which a part is the same for all three."""
+    gain = np.ones((count, 3))
+    if stain_jitter > 0:
+        gain += stain_jitter * rng.standard_normal((count, 3))
+        gain += stain_jitter * rng.standard_normal((count, 1))
+    return gain.clip(0.5, 1.5)
+
+
+def stain_levels(
+    gains: Tensor,  # [N, 3] fp64
+) -> Tensor:  # [N, 3, 256] fp32 in [-1, 1]
+    """What each grey level of each channel becomes.
 
     I = 255 * 10^-OD: a gain g of the density is the power g of the transmitted light, so the white
     background stays white.
     """
-    levels = np.arange(256) / 255.0
-    gain = np.ones((count, 3))
-    if stain_jitter > 0:
-        gain = 1 + stain_jitter * rng.standard_normal((count, 3))
-        gain = (gain + stain_jitter * rng.standard_normal((count, 1))).clip(0.5, 1.5)
-    bytes_ = np.rint(255 * levels ** gain[..., None])
-    return (bytes_ / 127.5 - 1).astype(np.float32)
+    levels = torch.arange(256, dtype=gains.dtype, device=gains.device) / 255
+    changed = (255 * levels.pow(gains[..., None])).round()
+    return (changed / 127.5 - 1).float()
 
 
 class PatchBatches(IterableDataset[Tensor]):

@@ -9,6 +9,7 @@ them by their artefacts first, and finds a synthetic patch far from any real one
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import lightning as L
@@ -91,6 +92,11 @@ class EncoderTask(Task):
         self.register_buffer("scale", 0.5 / std, persistent=False)
         self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
 
+    def on_fit_start(self) -> None:
+        for vae in self._vae:
+            if vae is not None:
+                vae.to(self.device).to(memory_format=torch.channels_last)
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         views = torch.cat([batch[:, 0], self._through_autoencoder(batch[:, 1])])  # [2 B, 3, S, S]
         views = degrade(views, self.recipe.blur, self.recipe.noise)
@@ -110,7 +116,6 @@ class EncoderTask(Task):
         vae, count = self._vae[0], round(self.recipe.autoencoder_share * len(x))
         if vae is None or not count:
             return x
-        vae.to(x.device).to(memory_format=torch.channels_last)
         passed = x[:count].contiguous(memory_format=torch.channels_last)
         decoded = vae.decode(vae.encode(passed)).float().clamp(-1, 1)
         return torch.cat([decoded, x[count:]])
@@ -127,6 +132,7 @@ def train_encoder(
     device: str = "cpu",
     progress: bool = True,
     minutes: float | None = None,
+    pool: PatchPool | None = None,
 ) -> Encoder:
     """Train an encoder and return it with its averaged weights.
 
@@ -139,7 +145,9 @@ def train_encoder(
         resume: go on from the folder's last checkpoint.
         device: "cpu", "cuda" or the like.
         progress: whether to show a progress bar.
-        minutes: train for so long at most; the schedule shrinks to fit.
+        minutes: train for so long at most, what is prepared before included; the schedule shrinks
+            to fit.
+        pool: the recipe's images, where they have been read.
 
     Raises:
         FileNotFoundError: no such recipe, folder or image.
@@ -148,6 +156,7 @@ def train_encoder(
             autoencoder and none is given.
         KeyboardInterrupt: after Ctrl-C, once the step under way is done and saved.
     """
+    since = time.perf_counter()
     recipe, images = read_run(recipe_name, EncoderRecipe)
     if recipe.fit.batch_size < 2:
         raise ValueError("the recipe's batch_size is 1, but a contrast needs at least 2 places")
@@ -159,7 +168,7 @@ def train_encoder(
     vae = None if vae_folder is None else load_vae(vae_recipe, vae_folder).requires_grad_(False)
     L.seed_everything(recipe.fit.seed, verbose=False)
     task = EncoderTask(recipe, spec_of(recipe, images.mpp), vae)
-    pool = PatchPool(images, data)
+    pool = pool or PatchPool(images, data)
     pool.check_size(recipe.patch_px)
     done = prepare_folder(folder, recipe, images, resume=resume)
     batches = PatchBatches(
@@ -171,7 +180,16 @@ def train_encoder(
         start=done,
         device=device,
     )
-    run(task, batches, folder, resume=resume, device=device, progress=progress, minutes=minutes)
+    run(
+        task,
+        batches,
+        folder,
+        resume=resume,
+        device=device,
+        progress=progress,
+        minutes=minutes,
+        since=since,
+    )
     return load_encoder(recipe_name, folder)
 
 

@@ -36,6 +36,7 @@ __all__ = ["MovingAverage", "Task", "averaged_weights", "run"]
 
 _METRICS = "metrics.csv"
 _LOG_EVERY = 50  # steps
+_LEAST_MINUTES = 1 / 60  # of training, where preparing has taken all of the time
 
 
 class Task(L.LightningModule):
@@ -58,7 +59,7 @@ class Task(L.LightningModule):
     @property
     def logs(self) -> bool:
         """Whether this step's figures are written: reading them waits for the device."""
-        return self.global_step % _LOG_EVERY == 0
+        return (self.global_step + 1) % _LOG_EVERY == 0
 
     def held_out(self) -> dict[str, Tensor]:
         """Figures of what was set aside, with the weights as they are; `held_out_loss` chooses the
@@ -259,7 +260,7 @@ class Progress(Callback):
         )
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step % _LOG_EVERY == 1:  # the step before was logged
+        if trainer.global_step % _LOG_EVERY == 0:
             figures = {k: f"{float(v):.3g}" for k, v in trainer.progress_bar_metrics.items()}
             self.bar.set_postfix(figures, refresh=False)
         self.bar.update()
@@ -278,6 +279,7 @@ def run(
     device: str = "cpu",
     progress: bool = True,
     minutes: float | None = None,
+    since: float | None = None,
     callbacks: list[Callback] | None = None,
 ) -> MovingAverage:
     """Train until the recipe's last step, saving into `folder` as often as the recipe says.
@@ -293,6 +295,7 @@ def run(
         device: "cpu", "cuda", "cuda:1" or the like.
         progress: whether to show a progress bar.
         minutes: end after so much training, in all parts of the run together.
+        since: when the time began, by `time.perf_counter`; now, if training is all there is to it.
         callbacks: more of Lightning's callbacks.
 
     Returns:
@@ -324,6 +327,8 @@ def run(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\.")
         bar = [Progress(fit.steps, done)] if progress else []
+        if minutes is not None and since is not None:
+            minutes = max(minutes - (time.perf_counter() - since) / 60, _LEAST_MINUTES)
         watch = [Clock(minutes), HeldOut(average, fit.evaluations)]
         trainer = _trainer(fit, folder, device, [average, *watch, *bar, *(callbacks or [])])
         loader = (
@@ -360,7 +365,7 @@ def _trainer(fit: FitRecipe, folder: Path, device: str, callbacks: list[Callback
         gradient_clip_val=fit.gradient_clip,
         callbacks=[*callbacks, saver],
         logger=CSVLogger(folder, name="", version=""),
-        log_every_n_steps=1,  # of what tasks log, which is each fiftieth step
+        log_every_n_steps=_LOG_EVERY,
         benchmark=target.type == "cuda",  # all batches have one shape
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -80,8 +80,7 @@ def prepare_latents(
         done.unlink(missing_ok=True)
         vae.to(device)
         encoder.to(device)
-        with torch.backends.cudnn.flags(benchmark=True):
-            _encode_all(pool, vae, encoder, folder, count=count, seed=seed, progress=progress)
+        _encode_all(pool, vae, encoder, folder, count=count, seed=seed, progress=progress)
         vae.cpu()
         encoder.to("cpu")
         atomic_bytes(done, json.dumps(settings, indent=1).encode())

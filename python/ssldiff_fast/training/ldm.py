@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def train_ldm(
     device: str = "cpu",
     progress: bool = True,
     minutes: float | None = None,
+    pool: PatchPool | None = None,
 ) -> LatentDiffusion:
     """Train the diffusion model on a trained autoencoder and encoder.
 
@@ -136,8 +138,9 @@ def train_ldm(
         resume: go on from the folder's last checkpoint.
         device: "cpu", "cuda" or the like.
         progress: whether to show progress bars.
-        minutes: train for so long at most, beside the time to prepare latents; the schedule shrinks
+        minutes: train for so long at most, what is prepared before included; the schedule shrinks
             to fit.
+        pool: the recipe's images, where they have been read.
 
     Returns:
         The model with its averaged weights, on the CPU.
@@ -149,12 +152,13 @@ def train_ldm(
             fit together.
         KeyboardInterrupt: after Ctrl-C; what was trained is saved.
     """
+    since = time.perf_counter()
     recipe, images = read_run(recipe_name, LDMRecipe)
     vae, encoder = load_vae(vae_recipe, vae_folder), load_encoder(encoder_recipe, encoder_folder)
     L.seed_everything(recipe.fit.seed, verbose=False)
     model = build_model(recipe, vae, encoder)
     model.set_statistics(load_vae_statistics(vae_recipe, vae_folder))
-    pool = PatchPool(images, data)
+    pool = pool or PatchPool(images, data)
     done = prepare_folder(folder, recipe, images, resume=resume)
     cache = prepare_latents(
         pool,
@@ -177,7 +181,16 @@ def train_ldm(
         task.aside = tuple(  # type: ignore[assignment]
             torch.from_numpy(part).to(device) for part in (aside.latents, aside.embeddings)
         )
-    run(task, batches, folder, resume=resume, device=device, progress=progress, minutes=minutes)
+    run(
+        task,
+        batches,
+        folder,
+        resume=resume,
+        device=device,
+        progress=progress,
+        minutes=minutes,
+        since=since,
+    )
     return model.cpu().eval()
 
 

@@ -12,6 +12,7 @@ own statistics would show.
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,7 @@ def train_vae(
     device: str = "cpu",
     progress: bool = True,
     minutes: float | None = None,
+    pool: PatchPool | None = None,
 ) -> VQModel:
     """Train an autoencoder and return it with its averaged weights.
 
@@ -231,8 +233,9 @@ def train_vae(
         resume: go on from the folder's last checkpoint.
         device: "cpu", "cuda" or the like.
         progress: whether to show a progress bar.
-        minutes: train for so long at most; the schedule, with the steps without quantisation,
-            shrinks to fit.
+        minutes: train for so long at most, what is prepared before included; the schedule, with
+            the steps without quantisation, shrinks to fit.
+        pool: the recipe's images, where they have been read.
 
     Raises:
         FileNotFoundError: no such recipe, folder or image.
@@ -241,6 +244,7 @@ def train_vae(
             decoder only and there is nothing to start from.
         KeyboardInterrupt: after Ctrl-C, once the step under way is done and saved.
     """
+    since = time.perf_counter()
     recipe, images = read_run(recipe_name, VAERecipe)
     if recipe.decoder_only and (start is None or recipe.unquantised_steps):
         raise ValueError(
@@ -254,7 +258,7 @@ def train_vae(
         load_part(task.model, averaged_weights(start), "model.", start)
     task.model.to(memory_format=_layout(torch.empty(0, device=device)))
     _check_crop(recipe, task.model)
-    pool = PatchPool(images, data)
+    pool = pool or PatchPool(images, data)
     pool.check_size(recipe.crop_px)
     done = prepare_folder(folder, recipe, images, resume=resume)
     batches = PatchBatches(
@@ -268,7 +272,16 @@ def train_vae(
     if recipe.fit.evaluations:
         aside = PatchPool(images, data, split="holdout")
         task.aside = aside.sample(_ASIDE, recipe.crop_px, seed=recipe.fit.seed, device=device)
-    run(task, batches, folder, resume=resume, device=device, progress=progress, minutes=minutes)
+    run(
+        task,
+        batches,
+        folder,
+        resume=resume,
+        device=device,
+        progress=progress,
+        minutes=minutes,
+        since=since,
+    )
     return task.model.cpu().eval()
 
 

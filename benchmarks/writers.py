@@ -2,12 +2,14 @@
 """Claim: a writer is as fast as its codec, and its memory does not depend on the image's size.
 
 Each format's megapixels per second (of all levels) beside its codec's alone on the same tiles and
-threads, and the peak resident memory of a process that writes squares of several sizes.
+threads (with a file for each tile, where the format has that), and the peak resident memory of a
+process that writes squares of several sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import shutil
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from ssldiff_fast.slides.folder_sink import FolderSink
 from ssldiff_fast.slides.output import RowWriter
 from ssldiff_fast.slides.writers import open_writer
 
@@ -54,39 +57,57 @@ def write(writer: RowWriter, band: np.ndarray, height: int) -> None:
 
 
 def speed(case: str, folder: Path, size: int, threads: int, rounds: int) -> dict[str, float]:
-    """Megapixels per second of writer and codec, alternating, medians."""
+    """Megapixels per second of writer and codec, alternating, medians.
+
+    Of formats with a file for every tile also those of the codec with such files, which bound it.
+    """
     name, options = CASES[case]
     band = texture(BAND_ROWS, size)
+    numbers = itertools.count()
 
     def opened() -> Any:
-        return open_writer(
-            folder / name, size, size, 0.5, threads=threads, overwrite=True, **options
-        )
+        fresh = folder / str(next(numbers))
+        fresh.mkdir()
+        return open_writer(fresh / name, size, size, 0.5, threads=threads, **options)
 
     probe = opened()
-    sink, sizes = probe._sink, [level.size for level in probe._levels]
+    sink, sizes = probe._sink, [level.size for level in probe._cascade.levels]
     side = sink.tile
     probe.abort()
     columns = range(0, size - side + 1, side)
     tiles = [np.ascontiguousarray(band[:side, x : x + side]) for x in columns]
     count = sum(level.rows * level.columns for level in sizes)
-    times: dict[str, list[float]] = {"writer": [], "codec": []}
+
+    def encoded(number: int) -> bytes:
+        return sink.encode(0, tiles[number % len(tiles)])
+
+    def filed(number: int) -> None:
+        (there / str(number)).write_bytes(encoded(number))
+
+    of_pool = {"codec": encoded, "codec_and_files": filed}
+    if not isinstance(sink, FolderSink):
+        del of_pool["codec_and_files"]
+    times: dict[str, list[float]] = {"writer": [], **{name: [] for name in of_pool}}
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(rounds):
             start = time.perf_counter()
             write(opened(), band, size)
             times["writer"].append(time.perf_counter() - start)
-            start = time.perf_counter()
-            work = (pool.submit(sink.encode, 0, tiles[n % len(tiles)]) for n in range(count))
-            for future in list(work):
-                future.result()
-            times["codec"].append(time.perf_counter() - start)
+            for baseline, work in of_pool.items():
+                there = folder / str(next(numbers))
+                there.mkdir()
+                start = time.perf_counter()
+                for future in [pool.submit(work, number) for number in range(count)]:
+                    future.result()
+                times[baseline].append(time.perf_counter() - start)
+            for made in folder.iterdir():
+                shutil.rmtree(made)
     megapixels = count * side * side / 1e6
-    rate = {name: megapixels / float(np.median(values)) for name, values in times.items()}
+    rates = {name: megapixels / float(np.median(values)) for name, values in times.items()}
+    bound = rates.get("codec_and_files", rates["codec"])
     return {
-        "ratio": round(rate["writer"] / rate["codec"], 3),
-        "writer_megapixels_per_second": round(rate["writer"], 1),
-        "codec_megapixels_per_second": round(rate["codec"], 1),
+        "ratio": round(rates["writer"] / bound, 3),
+        **{f"{name}_megapixels_per_second": round(rate, 1) for name, rate in rates.items()},
     }
 
 

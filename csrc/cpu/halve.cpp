@@ -31,9 +31,9 @@ SSLDIFF_INLINE void take_every_second(const uint8_t* line, uint8_t* to, int64_t 
 // The mean of 2x2 pixels, rounded to nearest; an odd last row or column is repeated.
 template <int kBands>
 struct Box {
-  const uint8_t* pixels;  // [h, w, kBands]
+  const uint8_t* pixels;  // [h, w, kBands], rows `pitch` bytes apart
   uint8_t* out;           // [(h + 1) / 2, (w + 1) / 2, kBands]
-  int64_t height, width;
+  int64_t height, width, pitch;
 
   template <typename Bytes>
   SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes) const {
@@ -43,8 +43,8 @@ struct Box {
     std::vector<uint16_t> sums(2 * half * kBands + kBands);
     std::vector<uint8_t> means(2 * half * kBands + 4), taken(half * kBands + 4);
     for (int64_t row = begin; row < end; ++row) {
-      const uint8_t* above = pixels + 2 * row * line;
-      const uint8_t* below = 2 * row + 1 < height ? above + line : above;
+      const uint8_t* above = pixels + 2 * row * pitch;
+      const uint8_t* below = 2 * row + 1 < height ? above + pitch : above;
       for (int64_t i = 0; i < line; ++i) {
         sums[i] = static_cast<uint16_t>(above[i] + below[i]);
       }
@@ -65,10 +65,10 @@ struct Box {
 // it is made in.
 template <int kBands>
 struct Weighted {
-  const uint8_t* pixels;  // [2 m + taps - 2, 2 n + taps - 2, kBands]
+  const uint8_t* pixels;  // [2 m + taps - 2, 2 n + taps - 2, kBands], rows `pitch` bytes apart
   uint8_t* out;           // [m, n, kBands]
   const float* weights;
-  int64_t taps, width, half;
+  int64_t taps, width, half, pitch;
 
   template <typename Bytes>
   SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes) const {
@@ -77,7 +77,7 @@ struct Weighted {
     std::vector<uint8_t> bytes(made + 4), taken(half * kBands + 4);
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t tap = 0; tap < taps; ++tap) {
-        add(pixels + (2 * row + tap) * line, weights[tap], tap == 0, line, down.data());
+        add(pixels + (2 * row + tap) * pitch, weights[tap], tap == 0, line, down.data());
       }
       // The last of these, which is not taken, reads one pixel more.
       for (int64_t tap = 0; tap < taps; ++tap) {
@@ -114,19 +114,21 @@ template <int kBands>
 void launch(const Tensor& pixels, const Tensor& out, const std::vector<float>& weights) {
   const auto* from = static_cast<const uint8_t*>(pixels.const_data_ptr());
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
-  const int64_t rows = out.size(0);
+  const int64_t rows = out.size(0), pitch = pixels.stride(0);
   if (weights.empty()) {
-    dispatch(rows, Box<kBands>{from, to, pixels.size(0), pixels.size(1)});
+    dispatch(rows, Box<kBands>{from, to, pixels.size(0), pixels.size(1), pitch});
   } else {
     const auto taps = static_cast<int64_t>(weights.size());
-    dispatch(rows, Weighted<kBands>{from, to, weights.data(), taps, pixels.size(1), out.size(1)});
+    dispatch(rows,
+             Weighted<kBands>{from, to, weights.data(), taps, pixels.size(1), out.size(1), pitch});
   }
 }
 
 Tensor halve(Tensor pixels, std::vector<double> weights) {
   STD_TORCH_CHECK(pixels.scalar_type() == ScalarType::Byte && pixels.dim() == 3 &&
-                      (pixels.size(2) == 3 || pixels.size(2) == 4) && pixels.is_contiguous(),
-                  "halve: pixels must be contiguous uint8 [h, w, 3] or [h, w, 4].");
+                      (pixels.size(2) == 3 || pixels.size(2) == 4) && pixels.stride(2) == 1 &&
+                      pixels.stride(1) == pixels.size(2),
+                  "halve: pixels must be uint8 [h, w, 3] or [h, w, 4], each row contiguous.");
   const auto taps = static_cast<int64_t>(weights.size());
   int64_t sizes[] = {(pixels.size(0) + 1) / 2, (pixels.size(1) + 1) / 2};
   if (taps > 0) {

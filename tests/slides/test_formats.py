@@ -458,8 +458,8 @@ def test_space_is_checked_for_every_format(tmp_path: Path, monkeypatch: pytest.M
 def test_nothing_is_encoded_before_the_output_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ssldiff_fast.slides import pyramid
+    from ssldiff_fast.slides import cascade
 
-    monkeypatch.setattr(pyramid, "Scratch", refuse("the writer"))
+    monkeypatch.setattr(cascade, "Scratch", refuse("the writer"))
     with pytest.raises(FileNotFoundError, match="does not exist: make it first"):
         open_writer(tmp_path / "nowhere" / "a.dzi", 64, 64, MPP)

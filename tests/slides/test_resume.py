@@ -23,6 +23,7 @@ FORMATS = ["a.tif", "a.ome.tif", "u.tif", "a.dzi", "a.zarr", "a.geo.tif", "a.png
 KILL_WRITERS = """
 import os, random, shutil, signal, sys, time
 sys.path.insert(0, sys.argv[1])
+import torch
 from test_resume import image_of, options_of
 from ssldiff_fast.slides import open_writer
 
@@ -155,6 +156,30 @@ def test_what_follows_the_last_saved_state_is_written_again(tmp_path: Path, name
         assert writer.rows_written == 100
         writer.write_rows(image[100:])
     assert contents(folder) == expected
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+def test_a_run_killed_before_its_state_is_removed_leaves_nothing(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole(tmp_path / "whole", name)
+    folder, state = tmp_path / "out", tmp_path / "state"
+    folder.mkdir()
+
+    def again() -> None:
+        with open_writer(folder / name, WIDTH, HEIGHT, 0.5, state=state, **options_of(name)) as w:
+            w.write_rows(image_of()[w.rows_written :])
+
+    with monkeypatch.context() as patch:
+        for module in ("png", "pyramid"):
+            patch.setattr(f"ssldiff_fast.slides.{module}.remove_state", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            again()
+    assert (state / "writer.npz").exists()
+    assert contents(folder) == expected
+    again()
+    assert contents(folder) == expected
+    assert list(state.iterdir()) == []
 
 
 def test_a_state_of_another_output_is_refused(tmp_path: Path) -> None:

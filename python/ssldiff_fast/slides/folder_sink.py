@@ -29,6 +29,8 @@ MOST_TILES = 4_000_000
 class FolderSink(TileSink):
     """Tiles are files of a hidden folder, which is renamed when it is whole."""
 
+    ordered = False  # making a file takes as long as encoding a tile
+
     @abstractmethod
     def tile_path(self, level: int, row: int, column: int) -> Path:
         """Where a tile lies."""
@@ -52,7 +54,7 @@ class FolderSink(TileSink):
         self, part: Path, levels: Sequence[LevelSize], saved: Mapping[str, NDArray[Any]] | None
     ) -> None:
         self._part, self._sizes = part, levels
-        self._made = ""
+        self._made: set[Path] = set()
         if saved is None:
             self.drop()
             part.mkdir()
@@ -60,9 +62,9 @@ class FolderSink(TileSink):
 
     def put(self, level: int, row: int, column: int, data: bytes) -> None:
         path = self.tile_path(level, row, column)
-        if str(path.parent) != self._made:
+        if path.parent not in self._made:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._made = str(path.parent)
+            self._made.add(path.parent)
         with open(path, "wb", buffering=0) as file:
             view = memoryview(data)
             while view:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .pixel_band import PixelBand
 from .raster import Raster, Rows
 from .scratch import SLOTS
 
@@ -66,15 +67,16 @@ class TileRow:
     begin: int
     end: int
     slot: int
-    given: Rows | None  # the pixels, where the caller gave a whole row of tiles at once
+    given: Rows | PixelBand | None  # the pixels, where the caller gave a whole row of tiles at once
     made: range  # rows of the next level
     missing: int  # tiles whose pixels are still needed
     read: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def arrived(self) -> None:
+    def arrived(self, tiles: int) -> None:
+        """So many tiles have what they need of the pixels."""
         with self.lock:
-            self.missing -= 1
+            self.missing -= tiles
             if not self.missing:
                 self.read.set()
 

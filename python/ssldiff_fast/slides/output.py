@@ -179,7 +179,8 @@ class RowWriter(ABC):
 
     @abstractmethod
     def write_rows(self, rows: Any) -> None:
-        """Appends rows of pixels, uint8 [rows, width, 3], any number of them."""
+        """Appends rows of pixels, uint8 [rows, width, 3], any number of them; an array, or a
+        `PixelBand`, of which no more than a few tiles are then in memory."""
 
     @abstractmethod
     def checkpoint(self) -> None:

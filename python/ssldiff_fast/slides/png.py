@@ -60,17 +60,18 @@ class PngWriter(RowWriter):
             check_output(sidecar(self.path), overwrite=overwrite)
         self._part = part_path(self.path, kept=state is not None).with_suffix(".rows")
         self._rows = int(saved.levels[0][0]) if saved else 0
-        line = int(raster.width) * raster.bands
-        if saved and (self._part.stat().st_size if self._part.exists() else -1) < (
-            self._rows * line
-        ):
+        held = self._rows * int(raster.width) * raster.bands
+        there = self._part.stat().st_size if self._part.exists() else -1
+        # The last run ended between giving the name and removing its state.
+        self._published = bool(saved and saved.whole) and there < 0 and self.path.exists()
+        if saved and there < held and not self._published:
             raise FileNotFoundError(
                 f"{self._part} is gone, which the state in {state} goes on from: remove that state "
                 "to begin the output anew"
             )
-        self._file = open(self._part, "r+b" if saved else "wb", buffering=0)  # noqa: SIM115
-        self._file.truncate(self._rows * line)
-        self._file.seek(self._rows * line)
+        self._file = open(self._part, "r+b" if there >= held else "wb", buffering=0)  # noqa: SIM115
+        self._file.truncate(held)
+        self._file.seek(held)
 
     @property
     def _settings(self) -> dict[str, Any]:
@@ -124,8 +125,9 @@ class PngWriter(RowWriter):
                 raise RuntimeError(
                     f"{self.path} has {self._rows} of {self._raster.height} rows: it is not written"
                 )
-            self._save(whole=True)
-            self._write()
+            if not self._published:
+                self._save(whole=True)
+                self._write()
         except BaseException:
             self.suspend()
             raise
@@ -159,6 +161,6 @@ class PngWriter(RowWriter):
         """Removes the rows and the state; a finished output stays."""
         if not self._file.closed:
             self._file.close()
-            if self._state is not None:
-                remove_state(self._state)
             self._part.unlink(missing_ok=True)
+            if self._state is not None:  # last, for it says that the part may be gone
+                remove_state(self._state)

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .pixel_band import PixelBand, Rows
 from .slide import MPP_RANGE
-
-Rows = NDArray[np.uint8]  # [rows, W, bands]
 
 # No scanner's image is wider.
 MAX_SIDE_PX = 1_000_000
@@ -47,9 +45,9 @@ class Raster:
         if self.bands not in (3, 4):
             raise ValueError(f"the output has {self.bands} bands, expected 3 (or 4 for scenes)")
 
-    def check_rows(self, rows: Any, written: int) -> Rows:
-        """The rows as an array, or an error when they do not continue the image."""
-        rows = np.asarray(rows)
+    def check_rows(self, rows: Any, written: int) -> Rows | PixelBand:
+        """The rows, or an error when they do not continue the image."""
+        rows = rows if isinstance(rows, PixelBand) else np.asarray(rows)
         if rows.ndim != 3 or rows.shape[1:] != (self.width, self.bands):
             raise ValueError(
                 f"rows must be [rows, {self.width}, {self.bands}], not {list(rows.shape)}"

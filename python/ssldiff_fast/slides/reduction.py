@@ -44,7 +44,9 @@ class Reduction:
         from ssldiff_fast import _C
 
         _C.require("open_writer")
-        given = torch.from_numpy(np.ascontiguousarray(pixels))
+        # Contiguous rows are read where they lie; torch wants them downwards and writable.
+        lies = pixels.strides[1:] == (pixels.shape[2], 1) and pixels.strides[0] > 0
+        given = torch.from_numpy(pixels if lies and pixels.flags.writeable else pixels.copy())
         halved: Rows = torch.ops.ssldiff.halve(given, self.weights).numpy()
         return halved
 

@@ -15,19 +15,22 @@ from .raster import Raster, Rows
 
 
 class TileSink(ABC):
-    """A format. `encode` is called from many threads, the rest from one at a time.
+    """A format. `encode` is called from many threads, and so is `put` of formats that are not
+    `ordered`; the rest from one at a time.
 
     Attributes:
         raster: the image.
         tile: side of a tile.
         smallest: the coarsest level fits a square of this side.
         pads: tiles at the right and lower border are whole, their image's last pixel repeated.
+        ordered: tiles are put in one order, by one thread.
         description: what `raster.describe` returned, with the recipe.
     """
 
     tile: int
     smallest: int
     pads: bool
+    ordered: bool = True
 
     def __init__(self, raster: Raster, description: str) -> None:
         self.raster, self.description = raster, description
@@ -58,7 +61,7 @@ class TileSink(ABC):
 
     @abstractmethod
     def put(self, level: int, row: int, column: int, data: bytes) -> None:
-        """Takes an encoded tile; always in the same order."""
+        """Takes an encoded tile; of an `ordered` format always in the same order."""
 
     @abstractmethod
     def sync(self) -> dict[str, NDArray[Any]]:

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of an image in, encoded tiles of all its levels out, in one order.
+
+A row of tiles is encoded once its rows have come, and makes rows of the next level on the way. Rows
+that do not yet fill a row of tiles wait in a file.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from .levels import Level, TileRow, check_tile, level_sizes
+from .pixel_band import PixelBand
+from .raster import Rows
+from .reduction import Reduction
+from .scratch import Scratch
+from .tile_sink import TileSink
+
+# Neighbouring tiles of one task, at most: handing on a task costs a tenth of a JPEG's tile.
+_TASK_TILES = 8
+# Tasks begun and not yet written, for each thread: enough that none waits for its turn.
+_TASKS_PER_THREAD = 2
+
+
+class Cascade:
+    """The levels of a pyramid, each made of the one before while rows come.
+
+    Args:
+        sink: takes the tiles; says what the image is.
+        reduction: from one level to the next.
+        scratch: the file of rows that wait, made if it is not there.
+        threads: that encode.
+
+    Attributes:
+        levels: the finest first; how far each is.
+    """
+
+    def __init__(self, sink: TileSink, reduction: Reduction, scratch: Path, threads: int) -> None:
+        self._sink, self._reduction, self._threads = sink, reduction, threads
+        self._tile = check_tile(sink.tile)
+        self.levels = [Level(size) for size in level_sizes(sink.raster, self._tile, sink.smallest)]
+        # Rows above a row of tiles that the reduction needs of it.
+        self._carry = 2 * (reduction.reach + 1) if reduction.reach else 0
+        self.scratch = Scratch(
+            scratch,
+            [-(-level.size.width // (self._tile // 2)) for level in self.levels],
+            tile=self._tile,
+            carry=self._carry,
+            bands=sink.raster.bands,
+        )
+        self._pool = ThreadPoolExecutor(threads, "ssldiff-tiles")
+        self._queue: deque[tuple[int, int, range, Future[list[bytes]]]] = deque()
+
+    @property
+    def rows(self) -> int:
+        """Rows taken so far."""
+        return self.levels[0].done + self.levels[0].filled
+
+    def take(self, rows: Rows | PixelBand) -> int:
+        """Takes rows up to the end of the current row of tiles; returns how many.
+
+        Their array may be used again when the call returns.
+        """
+        level = self.levels[0]
+        count = min(len(rows), level.capacity - level.filled)
+        if count == level.capacity and not self._carry:
+            level.filled = count
+            self._flush(0, rows[:count])
+            return count
+        for column in range(level.size.columns):  # a tile is two units wide
+            columns = slice(column * self._tile, (column + 1) * self._tile)
+            self._keep(0, level.slot, 2 * column, level.filled, np.asarray(rows[:count, columns]))
+        self._advance(0, count)
+        return count
+
+    def drain(self) -> None:
+        """Writes the tiles that were begun."""
+        while self._queue:
+            self._write_oldest()
+
+    def close(self) -> None:
+        """Gives up the tiles that were begun, and keeps the scratch file."""
+        self._pool.shutdown(cancel_futures=True)
+        self._queue.clear()
+        self.scratch.close()
+
+    def _keep(self, index: int, slot: int, unit: int, row: int, pixels: Rows) -> None:
+        """Keeps pixels from a unit on, from row `row` of a row of tiles on."""
+        side = self.scratch.unit
+        for left in range(0, pixels.shape[1], side):
+            piece = pixels[:, left : left + side]
+            self.scratch.write(index, slot, unit + left // side, row, piece)
+
+    def _advance(self, index: int, count: int) -> None:
+        """Counts rows that the scratch file holds, and writes rows of tiles that are full."""
+        level = self.levels[index]
+        while count:
+            taken = min(count, level.capacity - level.filled)
+            level.filled += taken
+            count -= taken
+            if level.filled == level.capacity:
+                self._flush(index, None)
+
+    def _flush(self, index: int, given: Rows | PixelBand | None) -> None:
+        """Sends a row of tiles to the file, and on to the next level."""
+        level = self.levels[index]
+        end, columns = level.done + level.filled, level.size.columns
+        made = self._made_of(index, end)
+        row = TileRow(index, level.done, end, level.slot, given, made, columns)
+        share = max(1, min(_TASK_TILES, columns // (2 * self._threads)))
+        for left in range(0, columns, share):
+            while len(self._queue) >= self._threads * _TASKS_PER_THREAD:
+                self._write_oldest()
+            tiles = range(left, min(left + share, columns))
+            future = self._pool.submit(self._work, row, tiles)
+            self._queue.append((index, level.done // self._tile, tiles, future))
+        row.read.wait()
+        level.slot, level.done, level.filled = level.next_slot, end, 0
+        if made:
+            self._advance(index + 1, len(made))
+
+    def _made_of(self, index: int, end: int) -> range:
+        """The rows of the next level that need no row of this one from `end` on."""
+        if index + 1 == len(self.levels):
+            return range(0)
+        following = self.levels[index + 1]
+        last = end == self.levels[index].size.height
+        ready = following.size.height if last else (end - self._reduction.reach) // 2
+        return range(following.done + following.filled, ready)
+
+    def _write_oldest(self) -> None:
+        level, row, columns, future = self._queue.popleft()
+        data = future.result()
+        if self._sink.ordered:
+            self._put(level, row, columns, data)
+
+    def _put(self, level: int, row: int, columns: range, tiles: list[bytes]) -> None:
+        for column, data in zip(columns, tiles, strict=True):
+            self._sink.put(level, row, column, data)
+
+    def _work(self, row: TileRow, columns: range) -> list[bytes]:
+        """Encodes neighbouring tiles, once they have reached the next level. In any thread."""
+        try:
+            pixels = self._pixels(row, columns)
+            if row.level + 1 < len(self.levels):
+                self._shrink(row, columns, pixels)
+            tiles = [self._tile_of(pixels, number) for number in range(len(columns))]
+        finally:
+            row.arrived(len(columns))
+        data = [self._sink.encode(row.level, tile) for tile in tiles]
+        if self._sink.ordered:
+            return data
+        self._put(row.level, row.begin // self._tile, columns, data)
+        return []
+
+    def _pixels(self, row: TileRow, columns: range) -> Rows:
+        left = columns.start * self._tile
+        right = min(columns.stop * self._tile, self.levels[row.level].size.width)
+        if row.given is not None:
+            return np.asarray(row.given[:, left:right])
+        return self._scratched(row, left, right, row.begin, row.end)
+
+    def _tile_of(self, pixels: Rows, number: int) -> Rows:
+        """A copy of a tile; where the format wants whole ones, its last pixels are repeated."""
+        side = self._tile
+        tile = pixels[:, number * side : (number + 1) * side]
+        height, width = tile.shape[:2]
+        if not self._sink.pads or height == width == side:
+            return tile.copy()
+        whole = np.empty((side, side, tile.shape[2]), np.uint8)
+        whole[:height, :width] = tile
+        # JPEG rings at any border but a repeated one.
+        whole[height:, :width] = tile[-1:]
+        whole[:, width:] = whole[:, width - 1 : width]
+        return whole
+
+    def _scratched(self, row: TileRow, left: int, right: int, top: int, bottom: int) -> Rows:
+        """Pixels of the row of tiles and what is kept of the one above."""
+        side = self.scratch.unit
+        units = range(left // side, -(-right // side))
+        rows = range(top - row.begin, bottom - row.begin)
+        pixels = self.scratch.read(row.level, row.slot, units, rows)
+        first = units.start * side
+        return pixels[:, left - first : right - first]
+
+    def _shrink(self, row: TileRow, columns: range, pixels: Rows) -> None:
+        """Makes the tiles' share of the next level."""
+        level, side = self.levels[row.level], self._tile
+        if self._carry:
+            if row.end < level.size.height:  # the next row of tiles needs the last rows of this
+                last = pixels[-self._carry :]
+                self._keep(row.level, level.next_slot, 2 * columns.start, -self._carry, last)
+            pixels = self._surrounded(row, columns)
+        if not row.made:
+            return
+        halved = self._reduction.halve(pixels)
+        following = self.levels[row.level + 1]
+        begin = row.made.start
+        while begin < row.made.stop:
+            above = begin // side * side
+            end = min(row.made.stop, above + side)
+            slot = following.slot if above == following.done else following.next_slot
+            piece = halved[begin - row.made.start : end - row.made.start]
+            # Half of a tile is a unit.
+            self._keep(row.level + 1, slot, columns.start, begin - above, piece)
+            begin = end
+
+    def _surrounded(self, row: TileRow, columns: range) -> Rows:
+        """What the reduction needs for the tiles' share; the image's borders are repeated."""
+        size, reach = self.levels[row.level].size, self._reduction.reach
+        left = columns.start * self._tile - reach
+        right = min(columns.stop * self._tile, size.width + size.width % 2) + reach
+        top, bottom = 2 * row.made.start - reach, 2 * row.made.stop + reach
+        inner = (max(left, 0), min(right, size.width), max(top, 0), min(bottom, size.height))
+        pixels = self._scratched(row, *inner)
+        margins = ((inner[2] - top, bottom - inner[3]), (inner[0] - left, right - inner[1]), (0, 0))
+        return np.pad(pixels, margins, mode="edge")

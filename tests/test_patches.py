@@ -312,7 +312,7 @@ def empty(model: LatentDiffusion) -> Grid:
         ({"format": "jpeg", "quality": 101}, ValueError, "quality is 101"),
         ({"steps": 0}, ValueError, "steps is 0"),
         ({"preset": "best"}, ValueError, "preset is 'best'"),
-        ({"device": "cpu"}, ValueError, "device and dtype are for a model that is loaded here"),
+        ({"device": "cpu"}, ValueError, "device, dtype and execution are for a model that is"),
         ({"grid": with_nan}, ValueError, "NaN or infinity in 1 cell"),
         ({"grid": empty}, ValueError, "no valid cell"),
         ({"grid": lambda model: "nowhere.h5"}, FileNotFoundError, "nowhere.h5"),

@@ -18,8 +18,10 @@ import triton
 from operator_cases import KNOWN_WORDS
 from parity_table import LAYOUTS, OPERATORS, difference, doubled, through_triton
 from ssldiff_fast.kernels import gather_windows as gather_windows_kernels
+from ssldiff_fast.kernels import geglu as geglu_kernels
 from ssldiff_fast.kernels import group_norm_silu as group_norm_silu_kernels
 from ssldiff_fast.kernels import interpolate_grid as interpolate_grid_kernels
+from ssldiff_fast.kernels import map_statistics as map_kernels
 from ssldiff_fast.kernels import philox_normal as philox_normal_kernels
 from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
 from ssldiff_fast.kernels import token_attention as token_attention_kernels
@@ -141,7 +143,7 @@ def compile_ahead() -> dict[str, str]:
         flags = {"HAS_KEYS": keys, "BLOCK_L": 8, "BLOCK_C": 512}
         kernel = token_attention_kernels.token_attention_kernel
         cases.append((f"token_attention {keys} {dtype}", kernel, {**tokens, **types}, flags))
-    cases += _norm_cases()
+    cases += _norm_cases() + _map_cases()
     found = {}
     for name, kernel, types, flags in cases:
         signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
@@ -190,6 +192,27 @@ def _norm_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             (f"forward {dtype}", kernels.group_norm_silu_kernel, types, silu),
             (f"sums {dtype}", backward, types, {**silu, "REDUCE": True}),
             (f"gradient {dtype}", backward, types, {**silu, "REDUCE": False}),
+        ]
+    return cases
+
+
+def _map_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    sizes = ("positions", "channels", "width", "rest", "groups", "chunks", "blocks")
+    types = dict.fromkeys((*sizes, "samples", "others", "added"), "i32") | {"eps": "fp32"}
+    exact = ("mean", "m2", "other_mean", "other_m2", "add", "centre", "rstd")
+    types |= {f"{name}_ptr": "*fp32" for name in exact}
+    block = {"CHUNK": map_kernels.CHUNK, "BLOCK_C": map_kernels.BLOCK_C}
+    combined = {"CHUNK": map_kernels.CHUNK, "BLOCK_K": map_kernels.COMBINED, "BLOCK_W": 8}
+    tile = {"SILU": True, "BLOCK_L": map_kernels.CHUNK, "BLOCK_C": map_kernels.BLOCK_C}
+    cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
+    for dtype in ("bf16", "fp32"):
+        stored = ("x", "other", "out", "weight", "bias")
+        these = types | {f"{name}_ptr": f"*{dtype}" for name in stored}
+        cases += [
+            (f"add_statistics {dtype}", map_kernels.add_statistics_kernel, these, block),
+            (f"combine {dtype}", map_kernels.combine_kernel, these, combined),
+            (f"norm {dtype}", map_kernels.norm_kernel, these, tile),
+            (f"geglu {dtype}", geglu_kernels.geglu_kernel, these, {"BLOCK": 1024}),
         ]
     return cases
 

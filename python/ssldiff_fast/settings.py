@@ -6,6 +6,7 @@
 | `SSLDIFF_CACHE` | `~/.cache/ssldiff_fast` | folder for files fetched once (the demo slide) |
 | `XDG_CACHE_HOME` | `~/.cache` | holds that folder where `SSLDIFF_CACHE` is not set |
 | `DISPLAY`, `WAYLAND_DISPLAY` | unset | without either, on Linux, `ssldiff view` opens no browser |
+| `TORCHINDUCTOR_CACHE_DIR` | `inductor` in that folder | what `execution="compile"` compiled |
 | `SSLDIFF_LIBRARIES` | the package's own | folder of the compiled operators (`make sanitize`) |
 
 The build reads `SSLDIFF_CUDA`, `SSLDIFF_CUDA_ARCHS`, `CUDA_HOME` and `SSLDIFF_VIEWER` in setup.py,
@@ -27,6 +28,11 @@ def cache_dir() -> Path:
         return Path(value).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "ssldiff_fast"
+
+
+def keep_compiled() -> None:
+    """Have torch.compile keep what it compiles in the cache folder, unless the user says where."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
 
 
 def has_display() -> bool:

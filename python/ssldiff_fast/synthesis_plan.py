@@ -96,18 +96,26 @@ def opened_grid(grid: Grid | str | os.PathLike[str]) -> Grid:
 
 
 def loaded_model(
-    model: LatentDiffusion | str | os.PathLike[str], device: str | None, dtype: str | None
+    model: LatentDiffusion | str | os.PathLike[str],
+    device: str | None,
+    dtype: str | None,
+    execution: str | None,
 ) -> LatentDiffusion:
     if isinstance(model, LatentDiffusion):
-        if device is not None or dtype is not None:
+        if any(option is not None for option in (device, dtype, execution)):
             raise ValueError(
-                "synthesize: device and dtype are for a model that is loaded here, but a loaded "
-                "one was given; pass them to sf.load instead."
+                "synthesize: device, dtype and execution are for a model that is loaded here, but "
+                "a loaded one was given; pass them to sf.load instead."
             )
         return model
     from ssldiff_fast.models.load import load
 
-    return load(model, device=device or "cpu", dtype=dtype or "float32")
+    return load(
+        model,
+        device=device or "cpu",
+        dtype=dtype or "float32",
+        execution=execution or "auto",
+    )
 
 
 def wanted_grid(model: LatentDiffusion, grid: Grid) -> EncoderSpec | dict[str, int]:
@@ -222,6 +230,7 @@ class Plan:
             "decode": dataclasses.asdict(self.decode_settings),
             "batch_size": self.batch_size,
             "dtype": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
+            "compiled": model.execution == "compile",
         }
 
     def denoise(

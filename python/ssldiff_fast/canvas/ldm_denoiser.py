@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ssldiff_fast.models.execution import Network, network_for
+
 if TYPE_CHECKING:
     from ssldiff_fast.models.ldm import LatentDiffusion
     from ssldiff_fast.models.prepared import PreparedContext, TimeVectors
@@ -52,6 +54,8 @@ class LDMDenoiser:
         self.conditioner = model.conditioner
         # Of the last timestep.
         self._times: WeakKeyDictionary[LDMState, tuple[Any, TimeVectors]] = WeakKeyDictionary()
+        # Of the U-Net as it is: its device, its dtype, and how it is run.
+        self._network: tuple[Any, Network] | None = None
         # In the order of their last use; gone with the state that they belong to.
         self._prepared: WeakKeyDictionary[LDMState, _Vectors] = WeakKeyDictionary()
 
@@ -93,20 +97,33 @@ class LDMDenoiser:
         parameter = next(self.model.unet.parameters())
         windows = x.to(parameter.device, parameter.dtype)
         context = self._context(state, index)
-        # Twice as many contexts as windows are guided pairs, which share what both have in common.
-        output = self.model.unet(windows, self._time(t, state), context)
+        if torch.is_grad_enabled():
+            time = torch.tensor(t, device=parameter.device)
+            output = self.model.unet(windows, time, context)
+        else:
+            assert not isinstance(context, Tensor)  # for the type checker
+            # Twice as many contexts as windows are guided pairs, which share what both have in
+            # common.
+            output = self.network(windows, self._time(t, state), context)
         return output.unflatten(0, (-1, x.shape[0])).to(x.device)
 
-    def _time(self, t: float, state: LDMState) -> Tensor | TimeVectors:
-        """What the U-Net takes for a timestep, made once for all batches of a step."""
+    @property
+    def network(self) -> Network:
+        """The U-Net in the form that is the fastest where it is, see `models.execution`."""
         parameter = next(self.model.unet.parameters())
-        time = torch.tensor(t, device=parameter.device)
-        if torch.is_grad_enabled():
-            return time
+        key = parameter.device, parameter.dtype, self.model.execution
+        if self._network is None or self._network[0] != key:
+            self._network = key, network_for(self.model.unet, self.model.execution)
+        return self._network[1]
+
+    def _time(self, t: float, state: LDMState) -> TimeVectors:
+        """What the network takes for a timestep, made once for all batches of a step."""
+        parameter = next(self.model.unet.parameters())
         key = t, parameter.device, parameter.dtype
         found = self._times.get(state)
         if found is None or found[0] != key:
-            found = self._times[state] = key, self.model.unet.prepare_time(time)
+            time = torch.tensor(t, device=parameter.device)
+            found = self._times[state] = key, self.network.prepare_time(time)
         return found[1]
 
     def _context(self, state: LDMState, index: Tensor) -> Tensor | PreparedContext:
@@ -118,9 +135,9 @@ class LDMDenoiser:
             context = vectors.cond[index]
             return context if vectors.uncond is None else context.followed_by(vectors.uncond)
         tokens = state.cond[index]
-        if state.uncond is None:
-            return tokens
-        return torch.cat((tokens, state.uncond.expand_as(tokens)))
+        if state.uncond is not None:
+            tokens = torch.cat((tokens, state.uncond.expand_as(tokens)))
+        return tokens if torch.is_grad_enabled() else self.network.prepare(tokens)
 
     def _vectors(self, state: LDMState) -> _Vectors | None:
         """The vectors of the whole set, made at its first use; None where they would not fit."""
@@ -128,12 +145,12 @@ class LDMDenoiser:
         kind = parameter.device, parameter.dtype
         found = self._prepared.pop(state, None)
         if found is None or found.kind != kind:
-            unet, windows = self.model.unet, len(state.cond)
-            uncond = None if state.uncond is None else unet.prepare(state.uncond)
-            one = unet.prepare(state.cond[:1]) if uncond is None else uncond
+            network, windows = self.network, len(state.cond)
+            uncond = None if state.uncond is None else network.prepare(state.uncond)
+            one = network.prepare(state.cond[:1]) if uncond is None else uncond
             if one.nbytes * windows > PREPARED_BYTES:
                 return None
-            found = _Vectors(unet.prepare(state.cond), uncond, kind)
+            found = _Vectors(network.prepare(state.cond), uncond, kind)
         self._prepared[state] = found
         while sum(vectors.cond.nbytes for vectors in self._prepared.values()) > PREPARED_BYTES:
             del self._prepared[next(self._prepared.keys())]

@@ -73,6 +73,25 @@ class StepSettings:
     after_batch: Callable[[int], None] | None = None
 
 
+class Finite:
+    """Whether all values are finite, asked now and answered later, with no wait in between."""
+
+    def __init__(self, values: Tensor) -> None:
+        answer = torch.isfinite(values).all()
+        self._event: torch.cuda.Event | None = None
+        if answer.device.type == "cuda":
+            pinned = torch.empty((), dtype=torch.bool, pin_memory=True)
+            answer = pinned.copy_(answer, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        self._answer = answer
+
+    def __bool__(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._answer)
+
+
 class Stage(Protocol):
     """A step that takes rows and hands on rows."""
 
@@ -128,6 +147,7 @@ class WindowStage:
         self._done = self._head  # rows before it were handed on, but for those of the head
         self._held: deque[WindowRow] = deque()
         self._rows: Rows | None = None
+        self._unchecked: deque[tuple[Finite, Tensor, list[WindowRow]]] = deque()
 
     @property
     def _head(self) -> int:
@@ -275,9 +295,17 @@ class WindowStage:
         p, q = settings.of_denoised
         return (tiled - p * canvas) / q
 
-    def _check(self, band: Tensor, held: Sequence[WindowRow]) -> None:
-        if bool(torch.isfinite(band).all()):
-            return
+    def _check(self, band: Tensor, held: list[WindowRow]) -> None:
+        """Raises RuntimeError where a band is not finite: of a GPU that of the row before, so that
+        the next row is begun while this one is computed."""
+        self._unchecked.append((Finite(band), band, held))
+        waiting = 0 if self.finished or band.device.type != "cuda" else 1
+        while len(self._unchecked) > waiting:
+            finite, *what = self._unchecked.popleft()
+            if not finite:
+                self._refuse(*what)
+
+    def _refuse(self, band: Tensor, held: list[WindowRow]) -> None:
         for row in held:
             for output in (row.cond, row.uncond):
                 if output is None:

@@ -86,6 +86,12 @@ class BatchSize(click.IntRange):
     help="Of the network: float32, bfloat16, float16, or auto for the faster by measurement.",
 )
 @click.option(
+    "--execution",
+    default="auto",
+    show_default=True,
+    help="How the network is run: eager, graph (CUDA), compile, or auto.",
+)
+@click.option(
     "--state",
     type=click.Path(path_type=Path),
     help="Folder that keeps the run [default: OUT.state].",
@@ -128,6 +134,7 @@ def command(
     quality: int | None,
     device: str,
     dtype: str,
+    execution: str,
     state: Path | None,
     no_state: bool,
     resume: bool | None,
@@ -174,6 +181,7 @@ def command(
             quality=quality,
             device=device,
             dtype=dtype,
+            execution=execution,
             overwrite=overwrite,
         )
     import ssldiff_fast as sf
@@ -204,6 +212,7 @@ def command(
         quality=quality,
         device=device,
         dtype=dtype,
+        execution=execution,
         state=None if no_state else state or out.with_name(f"{out.name}.state"),
         resume=resume,
         preview=preview,

@@ -102,6 +102,7 @@ class LatentDiffusion(nn.Module):
         self.statistics: dict[str, GroupNormStatistics] = {}
         # Latents to colours, where it was fitted; shows a canvas while it is denoised.
         self.preview: LatentPreview | None = None
+        self.execution = "auto"  # how the U-Net is run, see `models.execution`
         self.source: Path | None = None
         self._encoder: list[Encoder] = []  # in a list, so that it is no part of this module
 

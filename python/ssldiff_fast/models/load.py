@@ -22,6 +22,7 @@ from ssldiff_fast.models.checkpoint import (
     split_parts,
 )
 from ssldiff_fast.models.compvis import Run, find_run, find_yaml, read_compvis
+from ssldiff_fast.models.execution import check_execution
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.models.precision import choose_dtype
 from ssldiff_fast.models.pretrained import (
@@ -47,6 +48,7 @@ def load(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = "float32",
+    execution: str = "auto",
     use_ema: bool = True,
 ) -> LatentDiffusion:
     """Load a model for inference.
@@ -60,6 +62,11 @@ def load(
         dtype: precision of U-Net and conditioner; "auto" takes bfloat16 where it is the faster by a
             short measurement, and float32 otherwise, and the log says which. The autoencoder, a
             small share of the work, stays in float32, because half precision shows in its colours.
+        execution: how the U-Net is run: "eager" (layer after layer), "graph" (all launches of an
+            evaluation at once, as a CUDA graph, to the same bits), "compile" (`torch.compile`,
+            which rounds differently and takes a minute at first) or "auto" ("graph" on a GPU,
+            "eager" elsewhere). Where a graph or compiling fails, the log says so and layers are
+            called one by one.
         use_ema: take the averaged weights of a published checkpoint where it has them.
 
     Returns:
@@ -72,6 +79,7 @@ def load(
     """
     precision = None if dtype == "auto" else parse_dtype(dtype, call="load")
     target = parse_device(device, call="load")
+    check_execution(execution, target, call="load")
     path = _locate(name_or_path)
     if path.is_dir() and (path / CONFIG).is_file():
         model = _load_own(path / CONFIG, path / WEIGHTS, use_ema=use_ema)
@@ -89,6 +97,7 @@ def load(
     model.unet.to(precision)
     if model.conditioner is not None:
         model.conditioner.to(precision)
+    model.execution = execution
     return model
 
 

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The U-Net's inference on a GPU, with every map read and written as seldom as it can be.
+
+It reads the parameters of a `UNet` and computes what that computes, up to rounding:
+
+- GroupNorm's statistics are made where a map is written, with the residual and the bias that are
+  added to it; two maps side by side (a skip connection) are normed without being joined.
+- Biases before a norm travel with the timestep's shift, those before a residual with the residual.
+- Nearest-neighbour enlargement and the 3x3 convolution that follows are one transposed convolution
+  of stride 2 with a 4x4 filter (each output meets four inputs, not nine): 16 products for 36.
+- Products add to the residual stream in place; gates are one pass; heads wider than any fused
+  attention kernel takes go through products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssldiff_fast.models.attention import BasicTransformerBlock, SpatialTransformer
+from ssldiff_fast.models.group_norm import GroupNormSiLU
+from ssldiff_fast.models.prepared import PreparedContext, TimeVectors, TokenVectors
+from ssldiff_fast.models.unet import UNet
+from ssldiff_fast.models.unet_blocks import Downsample, ResBlock, Stage, Upsample
+from ssldiff_fast.ops import token_attention
+
+# Heads so wide are in no fused attention kernel for GPUs but PyTorch's slowest (measured on an
+# H100 in bfloat16, 32 windows: 1024 positions of 384 in 172 us by products, 390 us by it, 222 us by
+# a flash kernel in Triton; 256 positions of 576 in 34, 52 and 45 us).
+WIDE_HEAD = 256
+# Of positions, below which a single launch is the faster: 64 positions of 960 in 31 and 25 us.
+FEW_POSITIONS = 128
+# Logits of more positions than this would take more memory than all else.
+MOST_POSITIONS = 2048
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not(unet: UNet) -> str | None:
+    """Why a U-Net cannot be evaluated this way; None where it can."""
+    config, parameter = unet.config, next(unet.parameters())
+    if config.context_dim is None:
+        return "it takes no context"
+    if config.use_scale_shift_norm or config.resblock_updown or not config.conv_resample:
+        return "its residual blocks are not of the published kind"
+    if parameter.dtype not in _DTYPES:
+        return f"it is in {str(parameter.dtype).removeprefix('torch.')}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A feature map, channels-last, and the statistics of its chunks."""
+
+    values: Tensor  # [N, L, C]
+    mean: Tensor  # [N, chunks, C]
+    m2: Tensor  # [N, chunks, C]
+    size: tuple[int, int]  # (h, w)
+
+    @property
+    def maps(self) -> Tensor:  # [N, C, h, w], channels-last
+        """As convolutions take it."""
+        return self.values.unflatten(1, self.size).permute(0, 3, 1, 2)
+
+
+class FusedUNet:
+    """A `UNet` for inference, by the kernels of `kernels/map_statistics.py`.
+
+    Args:
+        unet: whose parameters are read, as they are at each call.
+
+    Raises:
+        ValueError: a U-Net of another kind; see `why_not`.
+    """
+
+    def __init__(self, unet: UNet) -> None:
+        reason = why_not(unet)
+        if reason is not None:
+            raise ValueError(
+                f"FusedUNet: this U-Net cannot be evaluated by it, since {reason}; call the U-Net "
+                "itself."
+            )
+        self.unet = unet
+
+    def prepare(
+        self,
+        context: Tensor,  # [N, T, D]
+    ) -> PreparedContext:
+        """As `UNet.prepare`; one token's values hold the biases of the self-attentions too."""
+        prepared = self.unet.prepare(context)
+        blocks = [b for b in self.unet.modules() if isinstance(b, BasicTransformerBlock)]
+        order = _in_order(self.unet, blocks)
+        return PreparedContext(tuple(map(_with_bias, order, prepared.blocks)))
+
+    def prepare_time(
+        self,
+        t: Tensor,  # [S] or []
+    ) -> TimeVectors:
+        """As `UNet.prepare_time`, with the biases of the blocks' first convolutions."""
+        time = self.unet.prepare_time(t)
+        blocks = [b for b in self.unet.modules() if isinstance(b, ResBlock)]
+        vectors = []
+        for block in sorted(blocks, key=lambda b: b.number):
+            shift = time.blocks[block.number]
+            vectors.append(shift + _conv(block.in_layers[2]).bias.to(shift.dtype))
+        return TimeVectors(tuple(vectors))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        x: Tensor,  # [B, C, h, w]
+        time: TimeVectors,  # of this object's prepare_time, of one timestep
+        context: PreparedContext,  # of this object's prepare, of B windows, or 2 B: guided pairs
+    ) -> Tensor:  # [B or 2 B, C, h, w], dtype of x
+        """The model output, as `UNet.forward`."""
+        unet = self.unet
+        weight = _conv(unet.input_blocks[0][0]).weight  # type: ignore[index]
+        hidden = _first(x.to(weight.dtype), _conv(unet.input_blocks[0][0]))  # type: ignore[index]
+        skips = [hidden]
+        for stage in list(unet.input_blocks)[1:]:
+            hidden = _stage(stage, [hidden], time, context)
+            skips.append(hidden)
+        hidden = _stage(unet.middle_block, [hidden], time, context)
+        for stage in unet.output_blocks:
+            hidden = _stage(stage, [hidden, skips.pop()], time, context)
+        last = _conv(unet.out[2])
+        maps = _as_maps(_norm(unet.out[0], [hidden]), hidden.size)
+        return F.conv2d(maps, last.weight, last.bias, padding=1).to(x.dtype)
+
+
+def _in_order(unet: UNet, blocks: list[BasicTransformerBlock]) -> list[BasicTransformerBlock]:
+    """The transformer blocks as a prepared context counts them."""
+    first = {
+        block: transformer.first_block + number
+        for transformer in unet.modules()
+        if isinstance(transformer, SpatialTransformer)
+        for number, block in enumerate(transformer.transformer_blocks)
+    }
+    return sorted(blocks, key=lambda block: first[block])
+
+
+def _with_bias(block: BasicTransformerBlock, vectors: TokenVectors) -> TokenVectors:
+    if vectors.keys is not None:  # which are compared with what the bias is in already
+        return vectors
+    return TokenVectors(vectors.values + _linear(block.attn1.to_out[0]).bias)
+
+
+def _stage(
+    stage: nn.Module, sources: list[_Map], time: TimeVectors, context: PreparedContext
+) -> _Map:
+    assert isinstance(stage, Stage)
+    for block in stage:
+        if isinstance(block, ResBlock):
+            sources = [_res_block(block, sources, time.blocks[block.number])]
+        elif isinstance(block, SpatialTransformer):
+            sources = [_transformer(block, sources[0], context)]
+        elif isinstance(block, Downsample):
+            conv = _conv(block.op)
+            maps = F.conv2d(sources[0].maps, conv.weight, None, stride=2, padding=1)
+            sources = [_finished(maps, conv.bias)]
+        else:
+            assert isinstance(block, Upsample)
+            conv, maps = _conv(block.conv), sources[0].maps
+            maps = F.conv_transpose2d(maps, enlarging(conv), None, stride=2, padding=1)
+            sources = [_finished(maps, conv.bias)]
+    return sources[0]
+
+
+def _first(x: Tensor, conv: nn.Conv2d) -> _Map:
+    maps = F.conv2d(x.contiguous(memory_format=torch.channels_last), conv.weight, None, padding=1)
+    return _finished(maps, conv.bias)
+
+
+def _res_block(
+    block: ResBlock,
+    sources: list[_Map],
+    shift: Tensor,  # [1, C]
+) -> _Map:
+    size = sources[0].size
+    first, second = _conv(block.in_layers[2]), _conv(block.out_layers[3])
+    hidden = _as_maps(_norm(block.in_layers[0], sources), size)
+    middle = _finished(F.conv2d(hidden, first.weight, None, padding=1), None)
+    hidden = _as_maps(_norm(block.out_layers[0], [middle], add=shift), size)
+    out = _rows(F.conv2d(hidden, second.weight, None, padding=1))
+    if not isinstance(block.skip_connection, nn.Conv2d):
+        return _added(out, size, sources[0].values, second.bias)
+    skip = _conv(block.skip_connection)
+    weights = skip.weight.flatten(1).split([source.values.shape[2] for source in sources], dim=1)
+    other: Tensor | None = None
+    for source, weight in zip(sources, weights, strict=True):
+        rows = source.values.flatten(0, 1)
+        if len(source.values) == len(out):
+            out.view(-1, out.shape[2]).addmm_(rows, weight.t())
+        else:  # half as many, of a guided pair before its two differ: once for both
+            made = (rows @ weight.t()).unflatten(0, source.values.shape[:2])
+            other = made if other is None else other + made
+    return _added(out, size, other, second.bias + skip.bias)
+
+
+def _transformer(block: SpatialTransformer, source: _Map, context: PreparedContext) -> _Map:
+    into, out = _conv(block.proj_in), _conv(block.proj_out)
+    tokens = F.linear(_norm(block.norm, [source]), into.weight.flatten(1), into.bias)
+    bias = out.bias
+    last = len(block.transformer_blocks) - 1
+    for number, inner in enumerate(block.transformer_blocks):
+        assert isinstance(inner, BasicTransformerBlock)
+        tokens = _tokens(inner, tokens, context.blocks[block.first_block + number])
+        after = _linear(inner.ff.net[2]).bias
+        if number == last:
+            bias = bias + out.weight.flatten(1) @ after
+        else:
+            tokens += after
+    made = tokens @ out.weight.flatten(1).t()
+    return _added(made, source.size, source.values, bias)
+
+
+def _tokens(
+    block: BasicTransformerBlock,
+    tokens: Tensor,  # [N, L, C], changed
+    vectors: TokenVectors,
+) -> Tensor:  # [N or 2 N, L, C], without the feed-forward's last bias
+    first, norm = block.attn1, block.norm3
+    # All three products at once: the module's own way to one matrix.
+    qkv = F.linear(block.norm1(tokens), first._stack())
+    mixed = _attention(*(first.split_heads(part) for part in qkv.chunk(3, dim=-1)))
+    rows = mixed.transpose(1, 2).flatten(2)
+    _accumulate(tokens, rows, _linear(first.to_out[0]).weight)
+    if len(vectors.values) != len(tokens):
+        tokens = torch.cat((tokens, tokens))
+    if vectors.keys is not None:
+        tokens += _linear(first.to_out[0]).bias
+    if vectors.keys is None or vectors.offsets is not None:
+        tokens, normed = token_attention(
+            tokens,
+            vectors.values,
+            norm.weight,
+            norm.bias,
+            keys=vectors.keys,
+            offsets=vectors.offsets,
+            heads=1 if vectors.keys is None else block.attn2.heads,
+            eps=norm.eps,
+        )
+    else:
+        normed = block.norm2(tokens)
+        tokens = block.attn2.attend(normed, vectors.keys, vectors.values, add=tokens)
+        normed = norm(tokens)
+    from ssldiff_fast.kernels.geglu import geglu
+
+    project = block.ff.net[0].proj  # type: ignore[union-attr]
+    gated = geglu(F.linear(normed, project.weight, project.bias))
+    _accumulate(tokens, gated, _linear(block.ff.net[2]).weight)
+    return tokens
+
+
+def _accumulate(
+    tokens: Tensor,  # [N, L, C], changed
+    rows: Tensor,  # [N, L, K]
+    weight: Tensor,  # [C, K]
+) -> None:
+    tokens.view(-1, tokens.shape[2]).addmm_(rows.flatten(0, 1), weight.t())
+
+
+def _attention(
+    query: Tensor,  # [N, heads, L, width]
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:  # [N, heads, L, width]
+    heads, positions, width = query.shape[1:]
+    wide = width > WIDE_HEAD and FEW_POSITIONS <= positions <= MOST_POSITIONS
+    if not wide:
+        return F.scaled_dot_product_attention(query, key, value)
+    q, k, v = (part.flatten(0, 1) for part in (query, key, value))
+    empty = q.new_empty(()).expand(len(q), positions, positions)
+    logits = torch.baddbmm(empty, q, k.mT, beta=0, alpha=width**-0.5)
+    return torch.bmm(logits.softmax(-1), v).unflatten(0, (-1, heads))
+
+
+def _norm(norm: nn.Module, sources: list[_Map], *, add: Tensor | None = None) -> Tensor:
+    from ssldiff_fast.kernels.map_statistics import norm_silu
+
+    assert isinstance(norm, GroupNormSiLU)
+    return norm_silu(
+        [(source.values, source.mean, source.m2) for source in sources],
+        norm.num_groups,
+        norm.weight,
+        norm.bias,
+        add=add,
+        eps=norm.eps,
+        silu=norm.silu,
+    )
+
+
+def _finished(maps: Tensor, bias: Tensor | None) -> _Map:
+    """What a convolution made, [N, C, h, w], with its bias."""
+    return _added(_rows(maps), (maps.shape[2], maps.shape[3]), None, bias)
+
+
+def _added(
+    rows: Tensor,  # [N, L, C], changed
+    size: tuple[int, int],
+    other: Tensor | None,  # [M, L, C]
+    bias: Tensor | None,  # [C]
+) -> _Map:
+    from ssldiff_fast.kernels.map_statistics import add_statistics
+
+    return _Map(rows, *add_statistics(rows, other, bias), size)
+
+
+def _rows(maps: Tensor) -> Tensor:  # [N, C, h, w] to [N, L, C]
+    return maps.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _as_maps(rows: Tensor, size: tuple[int, int]) -> Tensor:  # [N, L, C] to [N, C, h, w]
+    return rows.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Filter:
+    filter: Tensor  # [C, out, 4, 4]
+    made_from: tuple[Any, ...]
+
+
+# Gone with the layer; made anew when its weights have changed.
+_filters: WeakKeyDictionary[nn.Module, _Filter] = WeakKeyDictionary()
+
+
+def enlarging(conv: nn.Conv2d) -> Tensor:  # [C, out, 4, 4]
+    """The filter with which a transposed convolution of stride 2 is `conv` of the enlarged map.
+
+    With out(p) = sum_d w(d) up(p + d - 1) and up(q) = x(q // 2), the input i meets the output p by
+    w(2 - k) + w(3 - k), where k = p + 1 - 2 i is one of 0 to 3 and w is zero outside 0 to 2.
+    """
+    weight = conv.weight
+    version = -1 if weight.is_inference() else weight._version
+    made_from = (weight.data_ptr(), version, weight.dtype, weight.device)
+    found = _filters.get(conv)
+    if found is None or found.made_from != made_from:
+        w = weight.detach().double()
+        for axis in (2, 3):
+            a, b, c = w.unbind(axis)
+            w = torch.stack((c, b + c, a + b, a), axis)
+        made = w.transpose(0, 1).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+        found = _filters[conv] = _Filter(made, made_from)
+    return found.filter
+
+
+def _conv(module: nn.Module) -> Any:
+    assert isinstance(module, nn.Conv2d)
+    return module
+
+
+def _linear(module: nn.Module) -> Any:
+    assert isinstance(module, nn.Linear)
+    return module

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssldiff_fast.models import UNet
 from ssldiff_fast.models.attention import SpatialTransformer
-from ssldiff_fast.models.unet_blocks import ResBlock, Stage, timestep_embedding
+from ssldiff_fast.models.unet_blocks import ResBlock, Stage, Upsample, timestep_embedding
 
 
 def published_unet(
@@ -38,7 +38,7 @@ def published_unet(
     hidden = _stage(unet.middle_block, hidden, emb, context, sdpa)
     for stage in unet.output_blocks:
         hidden = _stage(stage, torch.cat([hidden, skips.pop()], dim=1), emb, context, sdpa)
-    return unet.out[2](F.silu(_group_norm(unet.out[0], hidden)))
+    return _convolution(unet.out[2], F.silu(_group_norm(unet.out[0], hidden)))
 
 
 def _group_norm(norm: Any, x: Tensor) -> Tensor:
@@ -52,15 +52,23 @@ def _stage(stage: Any, x: Tensor, emb: Tensor, context: Tensor, sdpa: bool) -> T
             x = _res_block(block, x, emb)
         elif isinstance(block, SpatialTransformer):
             x = _transformer(block, x, context, sdpa)
+        elif isinstance(block, Upsample) and block.with_conv:
+            x = _convolution(block.conv, F.interpolate(x, scale_factor=2, mode="nearest"))
+        elif isinstance(block, nn.Conv2d):
+            x = _convolution(block, x)
         else:
             x = block(x)
     return x
 
 
+def _convolution(layer: Any, x: Tensor) -> Tensor:
+    return F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)  # not our layer's
+
+
 def _res_block(block: Any, x: Tensor, emb: Tensor) -> Tensor:
-    hidden = block.in_layers[2](F.silu(_group_norm(block.in_layers[0], x)))
+    hidden = _convolution(block.in_layers[2], F.silu(_group_norm(block.in_layers[0], x)))
     hidden = hidden + block.emb_layers[1](F.silu(emb))[:, :, None, None]
-    hidden = block.out_layers[3](F.silu(_group_norm(block.out_layers[0], hidden)))
+    hidden = _convolution(block.out_layers[3], F.silu(_group_norm(block.out_layers[0], hidden)))
     return block.skip_connection(x) + hidden
 
 

@@ -35,8 +35,10 @@ STABLE_TORCH_LIBRARY(ssldiff, m) {
       "token_attention(Tensor x, Tensor values, Tensor norm_weight, Tensor norm_bias, "
       "Tensor? keys, Tensor? offsets, int heads, float eps) -> (Tensor, Tensor)");
   m.def("vq_nearest(Tensor z, Tensor codes) -> (Tensor, Tensor)");
-  m.def("winograd_tiles(Tensor maps) -> Tensor");
-  m.def("winograd_maps(Tensor[] products, Tensor? bias, Tensor? add, int[] sizes) -> Tensor");
+  m.def(
+      "winograd(Tensor maps, Tensor filters, int out_channels, int zoom, Tensor? bias, Tensor? "
+      "add) "
+      "-> Tensor");
 }
 
 // SSLDIFF_BUILD_INFO is a JSON object that the build writes; _C.py reads it through ctypes.

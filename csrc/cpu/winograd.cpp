@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two transforms of a 3x3 convolution by Winograd's F(2x2, 3x3) for the CPU; the equations
-// stand in ops/winograd.py. Maps are channels-last, so that every sum runs over channels.
+// 3x3 convolutions by Winograd's F(4x4, 3x3) for the CPU; the equations stand in
+// models/winograd.py. Maps are channels-last, so that transforms run along channels. A tile's
+// outputs depend on nothing but its inputs: neither blocks nor threads nor the maps beside it
+// change their bits.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <memory>
 #include <optional>
-#include <vector>
 
 #include "dispatch.h"
+#include "panel_product.h"
+#include "vectors.h"
 
 namespace ssldiff {
 namespace {
@@ -18,151 +22,210 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kSide = 4;     // of a tile; neighbours overlap by two
-constexpr int64_t kPlaces = 16;  // in a tile
-constexpr int64_t kGrain = 1;    // rows of tiles of a task at least
-constexpr int64_t kBlock = 64;   // channels that are transformed at a time, kept in registers
+// Tiles of a block: few, so that they stay near the core; but more where the filters are in no
+// cache and each block reads all of them anew. A thread keeps the space of its largest block.
+constexpr int64_t kTiles = 28, kMostTiles = 112;
+constexpr int64_t kCacheBytes = 16 << 20;
 
-// Rows of tiles of all maps are numbered through: row r is row r % tiles_y of map r / tiles_y.
+constexpr int kOut = 4;   // side of the outputs of a tile
+constexpr int kSide = 6;  // and of its inputs; neighbours overlap by two
+constexpr int64_t kPlaces = kSide * kSide;
+// The points of the transforms are 0, +-a, +-b and infinity.
+constexpr float kA = 0.75f, kB = 1.5f, kAA = kA * kA, kBB = kB * kB;
+
+// B' d of six positions.
+template <int kBytes>
+SSLDIFF_INLINE void transform_six(const Vector<float, kBytes>* d, Vector<float, kBytes>* to) {
+  const auto even_a = d[4] - kBB * d[2], odd_a = kA * d[3] - kA * kBB * d[1];
+  const auto even_b = d[4] - kAA * d[2], odd_b = kB * d[3] - kB * kAA * d[1];
+  to[0] = kAA * kBB * d[0] - (kAA + kBB) * d[2] + d[4];
+  to[1] = even_a + odd_a;
+  to[2] = even_a - odd_a;
+  to[3] = even_b + odd_b;
+  to[4] = even_b - odd_b;
+  to[5] = kAA * kBB * d[1] - (kAA + kBB) * d[3] + d[5];
+}
+
+// A' m of six products.
+template <int kBytes>
+SSLDIFF_INLINE void four_outputs(const Vector<float, kBytes>* m, Vector<float, kBytes>* to) {
+  const auto even_a = m[1] + m[2], odd_a = m[1] - m[2];
+  const auto even_b = m[3] + m[4], odd_b = m[3] - m[4];
+  to[0] = m[0] + even_a + even_b;
+  to[1] = kA * odd_a + kB * odd_b;
+  to[2] = kAA * even_a + kBB * even_b;
+  to[3] = kA * kAA * odd_a + kB * kBB * odd_b + m[5];
+}
+
+// Tiles are numbered through all maps: row by row, map by map.
 struct Geometry {
-  int64_t maps, channels, height, width;
+  int64_t maps, channels, out_channels, height, width;  // of the result
+  int64_t zoom;  // 2 where each position of the maps stands for 2x2 of the convolution's input
 
-  int64_t tiles_y() const { return (height + 1) / 2; }
-  int64_t tiles_x() const { return (width + 1) / 2; }
-  int64_t rows() const { return maps * tiles_y(); }
-  int64_t tiles() const { return rows() * tiles_x(); }
+  int64_t tiles_y() const { return (height + kOut - 1) / kOut; }
+  int64_t tiles_x() const { return (width + kOut - 1) / kOut; }
+  int64_t tiles() const { return maps * tiles_y() * tiles_x(); }
+  int64_t padded() const { return panels_of(out_channels) * kPanel; }
 };
 
-struct ToTiles {
-  const float* maps;  // [N, H, W, C]
-  float* tiles;       // [16, T, C]
+// Far from a multiple of the caches' 4096 bytes, so that the places of a tile are in no one's way.
+int64_t plane(int64_t tiles, int64_t channels) {
+  return (tiles * channels + 1023) / 1024 * 1024 + 80;
+}
+
+struct Convolution {
+  const float* maps;     // [N, H / zoom, W / zoom, C]
+  const float* filters;  // [kPlaces, panels, C, kPanel]
+  const float* bias;     // [K], or null
+  const float* add;      // [N, H, W, K], or null
+  float* out;            // [N, H, W, K]
   Geometry shape;
+  int64_t blocks;
+
+  int64_t most_tiles() const { return (shape.tiles() + blocks - 1) / blocks; }
+  int64_t workspace() const {
+    return 16 +
+           kPlaces * (plane(most_tiles(), shape.channels) + plane(most_tiles(), shape.padded()));
+  }
 
   template <typename Bytes>
   SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes) const {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = row / shape.tiles_y(), y = 2 * (row % shape.tiles_y()) - 1;
-      for (int64_t tile = 0; tile < shape.tiles_x(); ++tile) {
-        for (int64_t first = 0; first < shape.channels; first += kBlock) {
-          const int64_t count = std::min(kBlock, shape.channels - first);
-          one(n, y, 2 * tile - 1, first, count, row * shape.tiles_x() + tile);
-        }
+    static thread_local std::unique_ptr<float[]> space;
+    static thread_local int64_t size = 0;
+    if (size < workspace()) {
+      space.reset(new float[workspace()]);
+      size = workspace();
+    }
+    const auto address = reinterpret_cast<uintptr_t>(space.get());
+    float* tiles = space.get() + (64 - address % 64) % 64 / sizeof(float);
+    float* products = tiles + kPlaces * plane(most_tiles(), shape.channels);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * shape.tiles() / blocks;
+      const int64_t last = (block + 1) * shape.tiles() / blocks;
+      for (int64_t tile = first; tile < last; ++tile) {
+        transform<Bytes::value>(tile, tiles + (tile - first) * shape.channels);
+      }
+      multiply<Bytes::value>(last - first, tiles, products);
+      for (int64_t tile = first; tile < last; ++tile) {
+        finish<Bytes::value>(tile, products + (tile - first) * shape.padded());
       }
     }
   }
 
-  SSLDIFF_INLINE void one(int64_t n, int64_t y, int64_t x, int64_t first, int64_t count,
-                          int64_t tile) const {
-    float half[kSide][kSide][kBlock];  // B' d: rows transformed
-    for (int64_t v = 0; v < kSide; ++v) {
-      float in[kSide][kBlock];
-      for (int64_t u = 0; u < kSide; ++u) {
-        load(n, y + u, x + v, first, count, in[u]);
-      }
-      for (int64_t c = 0; c < count; ++c) {
-        half[0][v][c] = in[0][c] - in[2][c];
-        half[1][v][c] = in[1][c] + in[2][c];
-        half[2][v][c] = in[2][c] - in[1][c];
-        half[3][v][c] = in[1][c] - in[3][c];
-      }
-    }
-    const int64_t plane = shape.tiles() * shape.channels;
-    float* to = tiles + tile * shape.channels + first;
-    for (int64_t u = 0; u < kSide; ++u) {
-      for (int64_t c = 0; c < count; ++c) {
-        to[(4 * u + 0) * plane + c] = half[u][0][c] - half[u][2][c];
-      }
-      for (int64_t c = 0; c < count; ++c) {
-        to[(4 * u + 1) * plane + c] = half[u][1][c] + half[u][2][c];
-      }
-      for (int64_t c = 0; c < count; ++c) {
-        to[(4 * u + 2) * plane + c] = half[u][2][c] - half[u][1][c];
-      }
-      for (int64_t c = 0; c < count; ++c) {
-        to[(4 * u + 3) * plane + c] = half[u][1][c] - half[u][3][c];
-      }
-    }
+  struct Place {
+    int64_t map, y, x;
+  };
+
+  SSLDIFF_INLINE Place place(int64_t tile) const {
+    const int64_t row = tile / shape.tiles_x();
+    return {row / shape.tiles_y(), row % shape.tiles_y() * kOut, tile % shape.tiles_x() * kOut};
   }
 
-  // Outside the map there are zeros.
-  SSLDIFF_INLINE void load(int64_t n, int64_t y, int64_t x, int64_t first, int64_t count,
-                           float* __restrict to) const {
-    if (y < 0 || y >= shape.height || x < 0 || x >= shape.width) {
-      for (int64_t c = 0; c < count; ++c) {
-        to[c] = 0.0f;
-      }
-      return;
+  template <int kBytes>
+  SSLDIFF_INLINE static Vector<float, kBytes> load(const float* from, int64_t count) {
+    if (count >= kBytes / 4) {
+      return load_lanes<float, kBytes>(from);
     }
-    const float* __restrict from =
-        maps + ((n * shape.height + y) * shape.width + x) * shape.channels + first;
-    for (int64_t c = 0; c < count; ++c) {
-      to[c] = from[c];
-    }
-  }
-};
-
-struct FromTiles {
-  const float* const* products;  // 16 of [T, C]
-  const float* bias;             // [C], or null
-  const float* add;              // [N, H, W, C], or null
-  float* maps;                   // [N, H, W, C]
-  Geometry shape;
-
-  template <typename Bytes>
-  SSLDIFF_INLINE void operator()(int64_t begin, int64_t end, Bytes) const {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = row / shape.tiles_y(), y = 2 * (row % shape.tiles_y());
-      for (int64_t tile = 0; tile < shape.tiles_x(); ++tile) {
-        for (int64_t first = 0; first < shape.channels; first += kBlock) {
-          const int64_t count = std::min(kBlock, shape.channels - first);
-          one(n, y, 2 * tile, first, count, row * shape.tiles_x() + tile);
-        }
-      }
-    }
+    Vector<float, kBytes> some = {};
+    std::memcpy(&some, from, count * sizeof(float));
+    return some;
   }
 
-  SSLDIFF_INLINE void one(int64_t n, int64_t y, int64_t x, int64_t first, int64_t count,
-                          int64_t tile) const {
-    float half[2][kSide][kBlock];  // A' m: rows transformed
-    const int64_t offset = tile * shape.channels + first;
-    for (int64_t v = 0; v < kSide; ++v) {
-      const float* __restrict m0 = products[v] + offset;
-      const float* __restrict m1 = products[4 + v] + offset;
-      const float* __restrict m2 = products[8 + v] + offset;
-      const float* __restrict m3 = products[12 + v] + offset;
-      for (int64_t c = 0; c < count; ++c) {
-        half[0][v][c] = m0[c] + m1[c] + m2[c];
-        half[1][v][c] = m1[c] - m2[c] - m3[c];
-      }
-    }
-    for (int64_t u = 0; u < 2 && y + u < shape.height; ++u) {
-      float out[2][kBlock];
-      for (int64_t c = 0; c < count; ++c) {
-        out[0][c] = half[u][0][c] + half[u][1][c] + half[u][2][c];
-        out[1][c] = half[u][1][c] - half[u][2][c] - half[u][3][c];
-      }
-      for (int64_t v = 0; v < 2 && x + v < shape.width; ++v) {
-        const int64_t at =
-            ((n * shape.height + y + u) * shape.width + x + v) * shape.channels + first;
-        store(out[v], at, first, count);
-      }
-    }
-  }
-
-  SSLDIFF_INLINE void store(const float* __restrict from, int64_t at, int64_t first,
-                            int64_t count) const {
-    float* __restrict to = maps + at;
-    if (bias != nullptr && add != nullptr) {
-      for (int64_t c = 0; c < count; ++c) {
-        to[c] = from[c] + bias[first + c] + add[at + c];
-      }
-    } else if (bias != nullptr) {
-      for (int64_t c = 0; c < count; ++c) {
-        to[c] = from[c] + bias[first + c];
-      }
+  template <int kBytes>
+  SSLDIFF_INLINE static void store(Vector<float, kBytes> value, float* to, int64_t count) {
+    if (count >= kBytes / 4) {
+      std::memcpy(to, &value, kBytes);
     } else {
-      for (int64_t c = 0; c < count; ++c) {
-        to[c] = add != nullptr ? from[c] + add[at + c] : from[c];
+      std::memcpy(to, &value, count * sizeof(float));
+    }
+  }
+
+  // B' d B of one tile, a vector of channels at a time. Outside the map there are zeros.
+  template <int kBytes>
+  SSLDIFF_INLINE void transform(int64_t tile, float* to) const {
+    const Place at = place(tile);
+    const int64_t height = shape.height / shape.zoom, width = shape.width / shape.zoom;
+    const float* rows[kSide][kSide];
+    for (int u = 0; u < kSide; ++u) {
+      for (int v = 0; v < kSide; ++v) {
+        const int64_t y = at.y + u - 1, x = at.x + v - 1;
+        const bool inside = y >= 0 && y < shape.height && x >= 0 && x < shape.width;
+        rows[u][v] = inside ? maps + ((at.map * height + y / shape.zoom) * width + x / shape.zoom) *
+                                         shape.channels
+                            : nullptr;
+      }
+    }
+    const int64_t stride = plane(most_tiles(), shape.channels);
+    for (int64_t c = 0; c < shape.channels; c += kBytes / 4) {
+      const int64_t count = shape.channels - c;
+      Vector<float, kBytes> half[kSide][kSide];
+      for (int v = 0; v < kSide; ++v) {
+        Vector<float, kBytes> column[kSide], made[kSide];
+        for (int u = 0; u < kSide; ++u) {
+          const float* from = rows[u][v];
+          column[u] = from == nullptr ? Vector<float, kBytes>{} : load<kBytes>(from + c, count);
+        }
+        transform_six<kBytes>(column, made);
+        for (int u = 0; u < kSide; ++u) {
+          half[u][v] = made[u];
+        }
+      }
+      for (int u = 0; u < kSide; ++u) {
+        Vector<float, kBytes> made[kSide];
+        transform_six<kBytes>(half[u], made);
+        for (int v = 0; v < kSide; ++v) {
+          store<kBytes>(made[v], to + (u * kSide + v) * stride + c, count);
+        }
+      }
+    }
+  }
+
+  template <int kBytes>
+  SSLDIFF_INLINE void multiply(int64_t count, const float* tiles, float* products) const {
+    const int64_t panels = panels_of(shape.out_channels);
+    for (int64_t place = 0; place < kPlaces; ++place) {
+      const float* from = tiles + place * plane(most_tiles(), shape.channels);
+      float* to = products + place * plane(most_tiles(), shape.padded());
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        panel_product<kBytes>(count, from, shape.channels, shape.channels,
+                              filters + (place * panels + panel) * shape.channels * kPanel,
+                              to + panel * kPanel, shape.padded());
+      }
+    }
+  }
+
+  // A' m A of one tile, with what follows it.
+  template <int kBytes>
+  SSLDIFF_INLINE void finish(int64_t tile, const float* from) const {
+    const Place at = place(tile);
+    const int64_t stride = plane(most_tiles(), shape.padded());
+    for (int64_t k = 0; k < shape.out_channels; k += kBytes / 4) {
+      const int64_t count = shape.out_channels - k;
+      Vector<float, kBytes> half[kOut][kSide];
+      for (int v = 0; v < kSide; ++v) {
+        Vector<float, kBytes> column[kSide], made[kOut];
+        for (int u = 0; u < kSide; ++u) {
+          column[u] = load_lanes<float, kBytes>(from + (u * kSide + v) * stride + k);
+        }
+        four_outputs<kBytes>(column, made);
+        for (int u = 0; u < kOut; ++u) {
+          half[u][v] = made[u];
+        }
+      }
+      const auto shift = bias == nullptr ? Vector<float, kBytes>{} : load<kBytes>(bias + k, count);
+      for (int u = 0; u < kOut && at.y + u < shape.height; ++u) {
+        Vector<float, kBytes> made[kOut];
+        four_outputs<kBytes>(half[u], made);
+        for (int v = 0; v < kOut && at.x + v < shape.width; ++v) {
+          const int64_t position =
+              ((at.map * shape.height + at.y + u) * shape.width + at.x + v) * shape.out_channels +
+              k;
+          auto value = made[v] + shift;
+          if (add != nullptr) {
+            value += load<kBytes>(add + position, count);
+          }
+          store<kBytes>(value, out + position, count);
+        }
       }
     }
   }
@@ -173,59 +236,57 @@ bool is_plain(const Tensor& tensor, int64_t dimensions) {
          tensor.is_cpu() && tensor.is_contiguous();
 }
 
-Tensor winograd_tiles(Tensor maps) {
-  STD_TORCH_CHECK(is_plain(maps, 4),
-                  "winograd_tiles: maps must be contiguous [N, H, W, C] float32.");
-  const Geometry shape{maps.size(0), maps.size(3), maps.size(1), maps.size(2)};
-  Tensor tiles = torch::stable::new_empty(maps, {kPlaces, shape.tiles(), shape.channels});
-  if (tiles.numel() > 0) {
-    const ToTiles body{static_cast<const float*>(maps.const_data_ptr()),
-                       static_cast<float*>(tiles.mutable_data_ptr()), shape};
-    parallel_dispatch(shape.rows(), kGrain, body);
-  }
-  return tiles;
+const float* values_of(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
 }
 
-Tensor winograd_maps(std::vector<Tensor> products, std::optional<Tensor> bias,
-                     std::optional<Tensor> add, std::vector<int64_t> sizes) {
-  STD_TORCH_CHECK(products.size() == kPlaces && sizes.size() == 3 && sizes[0] >= 0 &&
-                      sizes[1] > 0 && sizes[2] > 0 && products[0].dim() == 2,
-                  "winograd_maps: products must be 16 of [T, C], and sizes N, H and W.");
-  const Geometry shape{sizes[0], products[0].size(1), sizes[1], sizes[2]};
-  std::vector<const float*> pointers;
-  for (const Tensor& product : products) {
-    STD_TORCH_CHECK(is_plain(product, 2) && product.size(0) == shape.tiles() &&
-                        product.size(1) == shape.channels,
-                    "winograd_maps: products must all be contiguous [T, C] float32, with a row for "
-                    "each tile of the maps.");
-    pointers.push_back(static_cast<const float*>(product.const_data_ptr()));
-  }
-  Tensor maps = torch::stable::new_empty(products[0],
-                                         {shape.maps, shape.height, shape.width, shape.channels});
-  const float *bias_values = nullptr, *add_values = nullptr;
-  if (bias.has_value()) {
-    STD_TORCH_CHECK(is_plain(*bias, 1) && bias->size(0) == shape.channels,
-                    "winograd_maps: bias must be contiguous [C] float32.");
-    bias_values = static_cast<const float*>(bias->const_data_ptr());
-  }
+int64_t blocks_of(const Geometry& shape) {
+  const int64_t filters = 4 * kPlaces * shape.channels * shape.padded();
+  const int64_t tile = 4 * kPlaces * (shape.channels + shape.padded());
+  const int64_t most =
+      filters > kCacheBytes ? std::min(kMostTiles, std::max(kTiles, kCacheBytes / tile)) : kTiles;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = (shape.tiles() + most - 1) / most;
+  return std::min((blocks + threads - 1) / threads * threads, shape.tiles());
+}
+
+Tensor winograd(Tensor maps, Tensor filters, int64_t out_channels, int64_t zoom,
+                std::optional<Tensor> bias, std::optional<Tensor> add) {
+  STD_TORCH_CHECK(is_plain(maps, 4) && (zoom == 1 || zoom == 2),
+                  "winograd: maps must be contiguous [N, H, W, C] float32, and zoom 1 or 2.");
+  STD_TORCH_CHECK(is_plain(filters, 4) && filters.size(0) == kPlaces && out_channels > 0 &&
+                      filters.size(1) == panels_of(out_channels) &&
+                      filters.size(2) == maps.size(3) && filters.size(3) == kPanel,
+                  "winograd: filters must be contiguous [36, panels, C, 32] float32, with panels "
+                  "for all output channels.");
+  STD_TORCH_CHECK(!bias.has_value() || (is_plain(*bias, 1) && bias->size(0) == out_channels),
+                  "winograd: bias must be contiguous [K] float32.");
+  const Geometry shape{maps.size(0),        maps.size(3),        out_channels,
+                       zoom * maps.size(1), zoom * maps.size(2), zoom};
+  Tensor out =
+      torch::stable::new_empty(maps, {shape.maps, shape.height, shape.width, out_channels});
   if (add.has_value()) {
-    STD_TORCH_CHECK(is_plain(*add, 4) && add->numel() == maps.numel() &&
-                        add->size(3) == shape.channels && add->size(2) == shape.width,
-                    "winograd_maps: add must be contiguous [N, H, W, C] float32.");
-    add_values = static_cast<const float*>(add->const_data_ptr());
+    bool fits = is_plain(*add, 4);
+    for (int64_t d = 0; fits && d < 4; ++d) {
+      fits = add->size(d) == out.size(d);
+    }
+    STD_TORCH_CHECK(fits, "winograd: add must be contiguous [N, H, W, K] float32.");
   }
-  if (maps.numel() > 0) {
-    const FromTiles body{pointers.data(), bias_values, add_values,
-                         static_cast<float*>(maps.mutable_data_ptr()), shape};
-    parallel_dispatch(shape.rows(), kGrain, body);
+  if (out.numel() > 0) {
+    const int64_t blocks = blocks_of(shape);
+    const Convolution body{static_cast<const float*>(maps.const_data_ptr()),
+                           static_cast<const float*>(filters.const_data_ptr()),
+                           values_of(bias),
+                           values_of(add),
+                           static_cast<float*>(out.mutable_data_ptr()),
+                           shape,
+                           blocks};
+    parallel_dispatch(blocks, 1, body);
   }
-  return maps;
+  return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ssldiff, CPU, m) {
-  m.impl("winograd_tiles", TORCH_BOX(&winograd_tiles));
-  m.impl("winograd_maps", TORCH_BOX(&winograd_maps));
-}
+STABLE_TORCH_LIBRARY_IMPL(ssldiff, CPU, m) { m.impl("winograd", TORCH_BOX(&winograd)); }
 
 }  // namespace
 }  // namespace ssldiff

@@ -45,8 +45,9 @@ class Upsample(nn.Module):
         self,
         x: Tensor,  # [B, C, h, w]
     ) -> Tensor:  # [B, C, 2h, 2w]
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return self.conv(x) if self.with_conv else x
+        if self.with_conv:
+            return self.conv(x, zoom=2)
+        return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 class Downsample(nn.Module):

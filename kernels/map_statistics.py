@@ -18,6 +18,7 @@ from torch import Tensor
 CHUNK = 128
 BLOCK_C = 64
 WARPS = 4
+NORM_WARPS = 8  # 42 us beside 45 on an H100, 32 maps of 4096 positions and 192 channels
 COMBINED = 16  # chunks that are combined at once
 ACCUMULATOR = torch.float32
 
@@ -248,6 +249,6 @@ def norm_silu(
         SILU=silu,
         BLOCK_L=chunk,
         BLOCK_C=BLOCK_C,
-        num_warps=WARPS,
+        num_warps=NORM_WARPS if chunk == CHUNK else WARPS,
     )
     return out

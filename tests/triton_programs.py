@@ -21,6 +21,7 @@ from ssldiff_fast.kernels import gather_windows as gather_windows_kernels
 from ssldiff_fast.kernels import geglu as geglu_kernels
 from ssldiff_fast.kernels import group_norm_silu as group_norm_silu_kernels
 from ssldiff_fast.kernels import interpolate_grid as interpolate_grid_kernels
+from ssldiff_fast.kernels import layer_norm as layer_norm_kernels
 from ssldiff_fast.kernels import map_statistics as map_kernels
 from ssldiff_fast.kernels import philox_normal as philox_normal_kernels
 from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
@@ -197,12 +198,13 @@ def _norm_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
 
 
 def _map_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
-    sizes = ("positions", "channels", "width", "rest", "groups", "chunks", "blocks")
+    sizes = ("positions", "channels", "width", "rows", "rest", "groups", "chunks", "blocks")
     types = dict.fromkeys((*sizes, "samples", "others", "added"), "i32") | {"eps": "fp32"}
     exact = ("mean", "m2", "other_mean", "other_m2", "add", "centre", "rstd")
     types |= {f"{name}_ptr": "*fp32" for name in exact}
     block = {"CHUNK": map_kernels.CHUNK, "BLOCK_C": map_kernels.BLOCK_C}
     combined = {"CHUNK": map_kernels.CHUNK, "BLOCK_K": map_kernels.COMBINED, "BLOCK_W": 8}
+    rows = {"BLOCK_M": 8, "BLOCK_C": 512}
     tile = {"SILU": True, "BLOCK_L": map_kernels.CHUNK, "BLOCK_C": map_kernels.BLOCK_C}
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
     for dtype in ("bf16", "fp32"):
@@ -213,6 +215,7 @@ def _map_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             (f"combine {dtype}", map_kernels.combine_kernel, these, combined),
             (f"norm {dtype}", map_kernels.norm_kernel, these, tile),
             (f"geglu {dtype}", geglu_kernels.geglu_kernel, these, {"BLOCK": 1024}),
+            (f"layer_norm {dtype}", layer_norm_kernels.layer_norm_kernel, these, rows),
         ]
     return cases
 

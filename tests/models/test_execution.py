@@ -108,7 +108,7 @@ def test_changed_weights_are_captured_anew() -> None:
     graphed = network_for(unet)
     before = evaluated(graphed, "cuda")
     with torch.no_grad():
-        unet.output_blocks[2][2].conv.weight.mul_(2.0)
+        unet.output_blocks[1][2].conv.weight.mul_(2.0)
     after = evaluated(graphed, "cuda")
     assert not torch.equal(before, after)
     assert torch.equal(after, evaluated(FusedUNet(unet), "cuda"))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from golden_inputs import fill, golden_input
 from ssldiff_fast.models import UNet
 from ssldiff_fast.models.attention import BasicTransformerBlock, SpatialTransformer
-from ssldiff_fast.models.prepared import TokenVectors
+from ssldiff_fast.models.prepared import PreparedContext, TokenVectors
 from ssldiff_fast.ops.token_attention import MAX_TOKENS
 
 TINY: dict[str, Any] = {
@@ -30,6 +30,21 @@ TINY: dict[str, Any] = {
 }
 # One token, a few in the narrow and the wide level, and too many in one or in both.
 TOKENS = [1, 2, 4, 5, MAX_TOKENS + 1]
+
+
+def test_packed_vectors_are_chosen_and_followed_as_others_are() -> None:
+    packed, last = torch.randn(5, 7), torch.randn(1, 7)
+    loose = [
+        PreparedContext(tuple(TokenVectors(v) for v in p.split([3, 4], dim=1)))
+        for p in (packed, last)
+    ]
+    tight = [PreparedContext.of_one_token(p, (3, 4)) for p in (packed, last)]
+    index = torch.tensor([4, 0, 4])
+    expected, found = (many[index].followed_by(one) for many, one in (loose, tight))
+    assert found.packed is not None
+    assert found.packed.shape == (6, 7)
+    for block, other in zip(found.blocks, expected.blocks, strict=True):
+        assert torch.equal(block.values, other.values)
 
 
 def tiny_unet() -> UNet:

@@ -123,7 +123,7 @@ class GraphedNetwork:
         """As the network's own."""
         if self._failed or torch.cuda.is_current_stream_capturing():
             return self.network(x, time, context)
-        tensors = [t for block in context.blocks for t in block.tensors()]
+        tensors = _tensors(context)
         key = (x.shape, x.dtype, len(time), *((t.shape, t.dtype) for t in tensors))
         captured = self._graphs.get(key)
         if captured is None:
@@ -131,8 +131,8 @@ class GraphedNetwork:
             if captured is None:
                 return self.network(x, time, context)
             self._graphs[key] = captured
-        read = [t for block in captured.context.blocks for t in block.tensors()]
-        torch._foreach_copy_([captured.x, *captured.time, *read], [x, *time.blocks, *tensors])
+        read = [captured.x, *captured.time, *_tensors(captured.context)]
+        torch._foreach_copy_(read, [x, *time.blocks, *tensors])
         captured.graph.replay()
         return captured.out.clone()
 
@@ -208,6 +208,13 @@ class CompiledUNet:
         self._shapes.add(shape)
         logger.info("compiled for %d windows in %.1f s", len(x), _now() - begin)
         return out
+
+
+def _tensors(context: PreparedContext) -> list[Tensor]:
+    """What holds the vectors of a context."""
+    if context.packed is not None:
+        return [context.packed]
+    return [tensor for block in context.blocks for tensor in block.tensors()]
 
 
 def _now() -> float:

@@ -14,6 +14,8 @@ It reads the parameters of a `UNet` and computes what that computes, up to round
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -86,16 +88,37 @@ class FusedUNet:
                 "itself."
             )
         self.unet = unet
+        self._absorbed: tuple[Any, Tensor, Tensor] | None = None
 
     def prepare(
         self,
         context: Tensor,  # [N, T, D]
     ) -> PreparedContext:
-        """As `UNet.prepare`; one token's values hold the biases of the self-attentions too."""
-        prepared = self.unet.prepare(context)
-        blocks = [b for b in self.unet.modules() if isinstance(b, BasicTransformerBlock)]
-        order = _in_order(self.unet, blocks)
-        return PreparedContext(tuple(map(_with_bias, order, prepared.blocks)))
+        """As `UNet.prepare`; of one token one product makes the vectors of all blocks, and they
+        hold the biases of the self-attentions too."""
+        if context.ndim != 3 or context.shape[1:] != (1, self.unet.context_dim):
+            return self.unet.prepare(context)
+        weight, bias = self._one_token()
+        packed = F.linear(context[:, 0].to(weight), weight, bias)
+        widths = [block.norm3.normalized_shape[0] for block in _transformer_blocks(self.unet)]
+        return PreparedContext.of_one_token(packed, widths)
+
+    @torch.no_grad()
+    def _one_token(self) -> tuple[Tensor, Tensor]:
+        """W_o W_v and the biases of every block, one below the other, in float32."""
+        blocks = _transformer_blocks(self.unet)
+        read = [p for b in blocks for p in (*b.attn2.parameters(), *b.attn1.to_out.parameters())]
+        made_from = tuple(
+            (p.data_ptr(), -1 if p.is_inference() else p._version, p.dtype) for p in read
+        )
+        if self._absorbed is None or self._absorbed[0] != made_from:
+            weights, biases = [], []
+            for block in blocks:
+                out, before = _linear(block.attn2.to_out[0]), _linear(block.attn1.to_out[0])
+                weights.append(out.weight.double() @ block.attn2.to_v.weight.double())
+                biases.append(out.bias.double() + before.bias.double())
+            self._absorbed = made_from, torch.cat(weights).float(), torch.cat(biases).float()
+        return self._absorbed[1:]
 
     def prepare_time(
         self,
@@ -110,14 +133,17 @@ class FusedUNet:
             vectors.append(shift + _conv(block.in_layers[2]).bias.to(shift.dtype))
         return TimeVectors(tuple(vectors))
 
-    @torch.no_grad()
     def __call__(
         self,
         x: Tensor,  # [B, C, h, w]
         time: TimeVectors,  # of this object's prepare_time, of one timestep
         context: PreparedContext,  # of this object's prepare, of B windows, or 2 B: guided pairs
     ) -> Tensor:  # [B or 2 B, C, h, w], dtype of x
-        """The model output, as `UNet.forward`."""
+        """The model output, as `UNet.forward`; float32 is never rounded to TF32."""
+        with torch.no_grad(), _without_tf32():
+            return self._evaluated(x, time, context)
+
+    def _evaluated(self, x: Tensor, time: TimeVectors, context: PreparedContext) -> Tensor:
         unet = self.unet
         weight = _conv(unet.input_blocks[0][0]).weight  # type: ignore[index]
         hidden = _first(x.to(weight.dtype), _conv(unet.input_blocks[0][0]))  # type: ignore[index]
@@ -133,21 +159,23 @@ class FusedUNet:
         return F.conv2d(maps, last.weight, last.bias, padding=1).to(x.dtype)
 
 
-def _in_order(unet: UNet, blocks: list[BasicTransformerBlock]) -> list[BasicTransformerBlock]:
-    """The transformer blocks as a prepared context counts them."""
-    first = {
-        block: transformer.first_block + number
-        for transformer in unet.modules()
-        if isinstance(transformer, SpatialTransformer)
-        for number, block in enumerate(transformer.transformer_blocks)
-    }
-    return sorted(blocks, key=lambda block: first[block])
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """cuDNN's convolutions of float32 keep ten bits of the mantissa unless they are told not to."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
-def _with_bias(block: BasicTransformerBlock, vectors: TokenVectors) -> TokenVectors:
-    if vectors.keys is not None:  # which are compared with what the bias is in already
-        return vectors
-    return TokenVectors(vectors.values + _linear(block.attn1.to_out[0]).bias)
+def _transformer_blocks(unet: UNet) -> list[BasicTransformerBlock]:
+    """As a prepared context counts them."""
+    transformers = [m for m in unet.modules() if isinstance(m, SpatialTransformer)]
+    transformers.sort(key=lambda transformer: transformer.first_block)
+    blocks = [block for t in transformers for block in t.transformer_blocks]
+    return [block for block in blocks if isinstance(block, BasicTransformerBlock)]
 
 
 def _stage(
@@ -224,9 +252,13 @@ def _tokens(
     tokens: Tensor,  # [N, L, C], changed
     vectors: TokenVectors,
 ) -> Tensor:  # [N or 2 N, L, C], without the feed-forward's last bias
-    first, norm = block.attn1, block.norm3
+    from ssldiff_fast.kernels.geglu import geglu
+    from ssldiff_fast.kernels.layer_norm import layer_norm
+
+    first, norm, before = block.attn1, block.norm3, block.norm1
     # All three products at once: the module's own way to one matrix.
-    qkv = F.linear(block.norm1(tokens), first._stack())
+    normed = layer_norm(tokens, before.weight, before.bias, before.eps)
+    qkv = F.linear(normed, first._stack())
     mixed = _attention(*(first.split_heads(part) for part in qkv.chunk(3, dim=-1)))
     rows = mixed.transpose(1, 2).flatten(2)
     _accumulate(tokens, rows, _linear(first.to_out[0]).weight)
@@ -249,8 +281,6 @@ def _tokens(
         normed = block.norm2(tokens)
         tokens = block.attn2.attend(normed, vectors.keys, vectors.values, add=tokens)
         normed = norm(tokens)
-    from ssldiff_fast.kernels.geglu import geglu
-
     project = block.ff.net[0].proj  # type: ignore[union-attr]
     gated = geglu(F.linear(normed, project.weight, project.bias))
     _accumulate(tokens, gated, _linear(block.ff.net[2]).weight)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,9 +56,25 @@ class TimeVectors:
 
 @dataclass(frozen=True, eq=False)
 class PreparedContext:
-    """The vectors of every transformer block for N windows, in the order in which they run."""
+    """The vectors of every transformer block for N windows, in the order in which they run.
+
+    Args:
+        blocks: the vectors.
+        packed: [N, sum of the widths], where the blocks' values are its columns one after another
+            and nothing else: windows are then chosen and copied all at once.
+    """
 
     blocks: tuple[TokenVectors, ...]
+    packed: Tensor | None = None
+
+    @classmethod
+    def of_one_token(cls, packed: Tensor, widths: Sequence[int]) -> PreparedContext:
+        """The context whose blocks' values, of one token, are columns of `packed`."""
+        columns = packed.split(list(widths), dim=1)
+        return cls(tuple(TokenVectors(values) for values in columns), packed)
+
+    def _repacked(self, packed: Tensor) -> PreparedContext:
+        return self.of_one_token(packed, [block.values.shape[1] for block in self.blocks])
 
     def __len__(self) -> int:
         return len(self.blocks[0].values)
@@ -70,6 +86,8 @@ class PreparedContext:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PreparedContext:
         """The same with every tensor changed."""
+        if self.packed is not None:
+            return self._repacked(change(self.packed))
         return PreparedContext(
             tuple(TokenVectors(*(change(t) for t in block.tensors())) for block in self.blocks)
         )
@@ -80,6 +98,8 @@ class PreparedContext:
 
     def followed_by(self, one: PreparedContext) -> PreparedContext:
         """These windows, then as many of another context that holds a single one."""
+        if self.packed is not None and one.packed is not None:
+            return self._repacked(torch.cat((self.packed, one.packed.expand_as(self.packed))))
         pairs = zip(self.blocks, one.blocks, strict=True)
         return PreparedContext(
             tuple(

@@ -46,7 +46,7 @@ def test_a_diffusers_unet_gives_the_same_output(
         with caplog.at_level(logging.INFO):
             assert sf.optimize(unet) is unet
         out = unet(x, 17, encoder_hidden_states=context).sample
-    assert relative_error(out, expected) < 2e-6
+    assert relative_error(out, expected) < 5e-6  # measured 2.3e-6, by Winograd
     assert list(unet.state_dict()) == names
     kinds = {type(module) for module in unet.modules()}
     assert {Product, Conv3x3} <= kinds

@@ -25,7 +25,14 @@ from report import RESULTS, save
 
 HERE = Path(__file__).parent
 # Folders and files with tests marked gpu; others may need libraries that a GPU machine lacks.
-TESTS = ("tests/ops", "tests/canvas", "tests/test_gpu.py")
+TESTS = (
+    "tests/ops",
+    "tests/canvas",
+    "tests/models/test_fused_unet.py",
+    "tests/models/test_execution.py",
+    "tests/models/test_self_attention.py",
+    "tests/test_gpu.py",
+)
 BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("group_norm_silu.py",),
     ("scatter_mean.py",),
@@ -37,7 +44,6 @@ BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("unet.py",),
     ("sampler.py",),
     ("sampler.py", "--size", "paper"),
-    ("unet.py", "--no-compile"),
     ("notebook.py",),
 )
 # Seconds for one step and for all of them, which leaves the build its share of ten minutes.

@@ -27,9 +27,12 @@ from report import aim, save
 from sampler import matrix_rate, random_model
 from ssldiff_fast.models import UNet, products
 from ssldiff_fast.models.attention import CrossAttention, FeedForward
+from ssldiff_fast.models.execution import network_for
+from ssldiff_fast.models.fused_unet import without_tf32
 from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.winograd import Conv3x3
 from timing import alternate, arguments, peak_megabytes
+from unet_on_gpu import kinds_of_kernels, without_each
 
 WINDOWS = {("cpu", "paper"): 2, ("cpu", "demo"): 16, ("cuda", "paper"): 32, ("cuda", "demo"): 64}
 TIME = 500.0
@@ -48,12 +51,15 @@ class Pairs:
 
     def __init__(self, size: str, device: str, dtype: torch.dtype, windows: int) -> None:
         torch.manual_seed(0)
-        self.unet: UNet = random_model(size, device, torch.float32).unet
-        # Weights contiguous and in float32, as published.
-        self.published = random_model(size, device, torch.float32).unet
+        with torch.device(device):  # drawn where they stay: on a CPU that takes most of a minute
+            self.unet: UNet = random_model(size, device, torch.float32).unet
+            # Weights contiguous and in float32, as published.
+            self.published = random_model(size, device, torch.float32).unet
+            self.last = (
+                self.unet if dtype == torch.float32 else random_model(size, device, dtype).unet
+            )
         self.published.load_state_dict(self.unet.state_dict())
         self.published.to(memory_format=torch.contiguous_format)
-        self.last = self.unet if dtype == torch.float32 else random_model(size, device, dtype).unet
         self.last.load_state_dict(self.unet.state_dict())
         self.dtype, self.device = dtype, device
         sides = random_model_window(size)
@@ -64,8 +70,9 @@ class Pairs:
         self.uncond = torch.randn(1, 1, width, device=device).expand(windows, -1, -1)
         self.context = torch.cat((self.cond, self.uncond))
         self.t = torch.full((2 * windows,), TIME, device=device)
-        self.prepared = self.last.prepare(self.context)
-        self.time = self.last.prepare_time(self.t[:1])
+        self.network = network_for(self.last)
+        self.prepared = self.network.prepare(self.context)
+        self.time = self.network.prepare_time(self.t[0])
 
     def b0(self) -> Tensor:
         return published_unet(self.published, self.x.repeat(2, 1, 1, 1), self.t, self.context)
@@ -90,7 +97,7 @@ class Pairs:
             return function(self.unet, x, self.t, self.context, sdpa=True).float()
 
     def ours(self) -> Tensor:
-        return self.last(self.x, self.time, self.prepared)
+        return self.network(self.x, self.time, self.prepared)
 
 
 def random_model_window(size: str) -> tuple[int, int]:
@@ -114,6 +121,8 @@ def plain_geglu(projected: Tensor) -> Tensor:
 
 def ablations(pairs: Pairs) -> dict[str, Evaluation]:
     """Ours without one trick each."""
+    if pairs.device == "cuda":
+        return without_each(pairs)
 
     def without(change: Any) -> Tensor:
         with change:
@@ -186,6 +195,8 @@ def operations(pairs: Pairs) -> dict[str, float]:
 
 def breakdown(pairs: Pairs) -> dict[str, float]:
     """Share of the time of ours by kind of layer."""
+    if pairs.device == "cuda":
+        return kinds_of_kernels(pairs)
     kinds: dict[type[nn.Module], str] = {
         Conv3x3: "3x3 convolutions",
         nn.Conv2d: "other convolutions",
@@ -248,7 +259,8 @@ def measure(pairs: Pairs, size: str, rounds: int, compile_b2: bool) -> dict[str,
         made = stack.enter_context(compiled(pairs, figures)) if compile_b2 else None
         if made is not None:
             functions["B2 compiled"] = made
-        exact = pairs.b0()
+        with without_tf32():
+            exact = pairs.b0()
         figures["relative_error"] = {n: relative(f(), exact) for n, f in functions.items()}
         functions.update({f"ours without {n}": f for n, f in ablations(pairs).items()})
         times = alternate(functions, rounds, pairs.device)

@@ -140,7 +140,7 @@ class FusedUNet:
         context: PreparedContext,  # of this object's prepare, of B windows, or 2 B: guided pairs
     ) -> Tensor:  # [B or 2 B, C, h, w], dtype of x
         """The model output, as `UNet.forward`; float32 is never rounded to TF32."""
-        with torch.no_grad(), _without_tf32():
+        with torch.no_grad(), without_tf32():
             return self._evaluated(x, time, context)
 
     def _evaluated(self, x: Tensor, time: TimeVectors, context: PreparedContext) -> Tensor:
@@ -160,7 +160,7 @@ class FusedUNet:
 
 
 @contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
     """cuDNN's convolutions of float32 keep ten bits of the mantissa unless they are told not to."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What unet.py measures on a GPU alone: tricks left out one at a time, and kinds of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from ssldiff_fast.models import UNet, fused_unet
+from ssldiff_fast.models.execution import GraphedNetwork, Network
+from ssldiff_fast.models.fused_unet import FusedUNet
+
+if TYPE_CHECKING:
+    from unet import Pairs
+
+Evaluation = Callable[[], Tensor]
+# Words in the names of kernels, the first that fits counts.
+KINDS = {
+    "convolutions": ("fprop", "dgrad", "convolve", "cutlass__5x_cudnn"),
+    "products": ("nvjet", "gemm", "cutlass"),
+    "norm_silu": ("norm_kernel", "combine_kernel"),
+    "add_statistics": ("add_statistics",),
+    "gates": ("geglu",),
+    "LayerNorm and tokens": ("layer_norm", "token_attention"),
+    "softmax and attention": ("softmax", "fmha", "sdpa", "flash"),
+}
+
+
+def without_each(pairs: Pairs) -> dict[str, Evaluation]:
+    """Ours without one trick each, as graphs but for the graph itself."""
+    unet = pairs.last
+
+    def graphed(network: Network, change: Any = None, repeat: int = 1) -> Evaluation:
+        kept = GraphedNetwork(network, unet)
+        context = kept.prepare(pairs.context)
+        time, x = kept.prepare_time(pairs.t[0]), pairs.x.repeat(repeat, 1, 1, 1)
+        if change is not None:
+            with change:  # captured now, replayed later
+                kept(x, time, context)
+        return lambda: kept(x, time, context)
+
+    eager = FusedUNet(unet)
+    context, time = eager.prepare(pairs.context), eager.prepare_time(pairs.t[0])
+    return {
+        "the graph": lambda: eager(pairs.x, time, context),
+        "fused maps": graphed(unet),
+        "the shared prefix": graphed(FusedUNet(unet), repeat=2),
+        "the transposed convolution": graphed(
+            FusedUNet(unet), patch.object(F, "conv_transpose2d", _Enlarging(unet))
+        ),
+        "wide heads by products": graphed(
+            FusedUNet(unet), patch.object(fused_unet, "WIDE_HEAD", 10**9)
+        ),
+    }
+
+
+class _Enlarging:
+    """Enlargement, then the convolution, in place of the transposed one."""
+
+    def __init__(self, unet: UNet) -> None:
+        convolutions = [m for m in unet.modules() if isinstance(m, nn.Conv2d)]
+        self._of = {c.in_channels: c for c in convolutions if _is_square(c)}
+
+    def __call__(self, x: Tensor, *others: Any, **options: Any) -> Tensor:
+        conv = self._of[x.shape[1]]
+        return F.conv2d(F.interpolate(x, scale_factor=2), conv.weight, None, padding=1)
+
+
+def _is_square(conv: nn.Conv2d) -> bool:
+    same = conv.in_channels == conv.out_channels
+    return same and conv.kernel_size == (3, 3) and conv.stride == (1, 1)
+
+
+def kinds_of_kernels(pairs: Pairs) -> dict[str, float]:
+    """Share of the GPU's time by kind of kernel."""
+    eager = FusedUNet(pairs.last)
+    context, time = eager.prepare(pairs.context), eager.prepare_time(pairs.t[0])
+    eager(pairs.x, time, context)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        eager(pairs.x, time, context)
+        torch.cuda.synchronize()
+    spent = dict.fromkeys([*KINDS, "all else"], 0.0)
+    for event in found.key_averages():
+        named = (kind for kind, words in KINDS.items() if any(w in event.key for w in words))
+        spent[next(named, "all else")] += event.self_device_time_total
+    whole = sum(spent.values())
+    return {kind: round(microseconds / whole, 3) for kind, microseconds in spent.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssldiff_fast import settings
 from ssldiff_fast._checks import check_choice
-from ssldiff_fast.models.fused_unet import FusedUNet, why_not
+from ssldiff_fast.models.fused_unet import FusedUNet, versions_of, why_not
 from ssldiff_fast.models.prepared import PreparedContext, TimeVectors
 from ssldiff_fast.models.unet import UNet
 
@@ -101,20 +101,17 @@ class GraphedNetwork:
     def __init__(self, network: Network, unet: UNet) -> None:
         self.network = network
         self.prepare_time = network.prepare_time
-        self._unet = unet
-        self._weights: list[tuple[int, int]] = []
+        self._parameters = list(unet.parameters())
+        self._versions: tuple[int, ...] = ()
         self._graphs: dict[tuple[Any, ...], _Graph] = {}
         self._pool: Any = None
         self._failed = False
 
     def prepare(self, context: Tensor) -> PreparedContext:
         """As the network's own."""
-        weights = [
-            (parameter.data_ptr(), -1 if parameter.is_inference() else parameter._version)
-            for parameter in self._unet.parameters()
-        ]
-        if weights != self._weights:
-            self._weights = weights
+        versions = versions_of(self._parameters)
+        if versions != self._versions:
+            self._versions = versions
             self._graphs.clear()
         return self.network.prepare(context)
 

@@ -43,6 +43,11 @@ MOST_POSITIONS = 2048
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def versions_of(parameters: list[nn.Parameter]) -> tuple[int, ...]:
+    """Numbers that change with every change of values in place."""
+    return tuple(-1 if p.is_inference() else p._version for p in parameters)
+
+
 def why_not(unet: UNet) -> str | None:
     """Why a U-Net cannot be evaluated this way; None where it can."""
     config, parameter = unet.config, next(unet.parameters())
@@ -88,7 +93,14 @@ class FusedUNet:
                 "itself."
             )
         self.unet = unet
-        self._absorbed: tuple[Any, Tensor, Tensor] | None = None
+        self._blocks = _transformer_blocks(unet)
+        self._read = [
+            parameter
+            for block in self._blocks
+            for part in (block.attn2, block.attn1.to_out)
+            for parameter in part.parameters()
+        ]
+        self._absorbed: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
     def prepare(
         self,
@@ -100,20 +112,16 @@ class FusedUNet:
             return self.unet.prepare(context)
         weight, bias = self._one_token()
         packed = F.linear(context[:, 0].to(weight), weight, bias)
-        widths = [block.norm3.normalized_shape[0] for block in _transformer_blocks(self.unet)]
+        widths = [block.norm3.normalized_shape[0] for block in self._blocks]
         return PreparedContext.of_one_token(packed, widths)
 
     @torch.no_grad()
     def _one_token(self) -> tuple[Tensor, Tensor]:
         """W_o W_v and the biases of every block, one below the other, in float32."""
-        blocks = _transformer_blocks(self.unet)
-        read = [p for b in blocks for p in (*b.attn2.parameters(), *b.attn1.to_out.parameters())]
-        made_from = tuple(
-            (p.data_ptr(), -1 if p.is_inference() else p._version, p.dtype) for p in read
-        )
+        made_from = versions_of(self._read)
         if self._absorbed is None or self._absorbed[0] != made_from:
             weights, biases = [], []
-            for block in blocks:
+            for block in self._blocks:
                 out, before = _linear(block.attn2.to_out[0]), _linear(block.attn1.to_out[0])
                 weights.append(out.weight.double() @ block.attn2.to_v.weight.double())
                 biases.append(out.bias.double() + before.bias.double())

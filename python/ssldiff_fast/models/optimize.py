@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssldiff_fast import _C
 from ssldiff_fast.models.attention import SpatialTransformer
+from ssldiff_fast.models.fused_unet import why_not
 from ssldiff_fast.models.products import linear
 from ssldiff_fast.models.unet import UNet
 from ssldiff_fast.models.winograd import Conv3x3, serves
@@ -112,7 +113,10 @@ def _own(unet: UNet) -> list[str]:
     applied = ["channels-last", "shared guidance prefix", "group_norm_silu"]
     if any(isinstance(module, SpatialTransformer) for module in unet.modules()):
         applied.append("token_attention with prepared tokens")
-    if next(unet.parameters()).device.type == "cpu":
+    device = next(unet.parameters()).device.type
+    if device == "cuda" and why_not(unet) is None:
+        applied += ["fused maps", "CUDA graphs when it samples"]
+    if device == "cpu":
         applied.append("products by oneDNN")
         applied += [f"{convolutions} convolutions by Winograd"] if convolutions else []
     return applied

@@ -32,6 +32,7 @@ from ssldiff_fast.canvas import (
     open_decoder,
 )
 from ssldiff_fast.canvas.wavefront import sample_rows
+from ssldiff_fast.canvas.wide import Spill
 from ssldiff_fast.diffusion.schedule import Schedule
 from ssldiff_fast.models.load import load
 from ssldiff_fast.ops import WindowPlan, philox_normal
@@ -69,13 +70,16 @@ def run(size_px: int, decoder: str, out: Path) -> dict[str, Any]:
     model: Any = enlarge if decoder == "stub" else load("he-demo")
     kind = "reference" if decoder == "stub" else decoder
     settings = DecodeSettings(kind, stride=WINDOW, weights="uniform", batch_size=8)
-    pixels = open_decoder(model, (side, side), settings, window=(WINDOW, WINDOW))
+    scratch = Spill(out.parent)
+    window = (WINDOW, WINDOW)
+    pixels = open_decoder(model, (side, side), settings, window=window, scratch=scratch)
     start = time.perf_counter()
     rows = sample_rows(
         denoiser,
         lambda begin, end: philox_normal(0, CHANNELS, (begin, end), side),
         schedule=Schedule(zero_terminal_snr=True),
         steps=STEPS,
+        scratch=scratch,
     )
     with open_writer(out, size_px, size_px, 0.5) as writer:
 

@@ -72,3 +72,11 @@ def test_a_count_is_a_whole_number(bad: object) -> None:
         _checks.check_count("x", bad, call="f")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="x is 0, but it must be above zero"):
         _checks.check_count("x", 0, call="f")
+
+
+def test_all_finite_finds_what_is_not_and_forgives_a_sum_that_overflows() -> None:
+    assert _checks.all_finite(torch.zeros(0))
+    assert _checks.all_finite(torch.full((4,), 3e38))
+    assert _checks.all_finite(torch.full((4,), 60_000.0, dtype=torch.float16))
+    for bad in ([0.0, float("nan")], [float("inf"), float("-inf"), 1.0], [float("-inf")]):
+        assert not _checks.all_finite(torch.tensor(bad))

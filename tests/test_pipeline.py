@@ -15,7 +15,7 @@ import pytest
 
 import ssldiff_fast as sf
 from ssldiff_fast import pipeline, synthesis
-from ssldiff_fast.canvas import StateFolder, bands
+from ssldiff_fast.canvas import StateFolder
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.pipeline import Background
 from tiny_models import tiny_grid, tiny_model
@@ -57,7 +57,6 @@ def test_what_is_written_is_not_made_again(
 ) -> None:
     monkeypatch.setattr(pipeline, "_SECONDS", 0.0)
     monkeypatch.setattr(pipeline, "_SPACING", 0.0)
-    monkeypatch.setattr(bands, "_HELD_BYTES", 0)
     options = {"order": "wavefront", "decoder": decoder}
     whole, out, state = tmp_path / "whole.png", tmp_path / "out.png", tmp_path / "state"
     first = make(model, whole, **options)

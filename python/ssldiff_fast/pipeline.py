@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ssldiff_fast.canvas.stages import Rows
+from ssldiff_fast.canvas.wide import Where
 from ssldiff_fast.models.local_autoencoder import load_statistics, save_statistics
 from ssldiff_fast.slides.output import RowWriter
 from ssldiff_fast.synthesis_plan import Plan
@@ -40,10 +41,17 @@ class PixelSink:
         writer: takes the pixels.
         state: folder of what the decoder must remember, and whether the writer saves its state.
         progress: show a progress bar.
+        scratch: where rows wait; None: in memory.
     """
 
     def __init__(
-        self, plan: Plan, writer: RowWriter, state: Path | None, *, progress: bool
+        self,
+        plan: Plan,
+        writer: RowWriter,
+        state: Path | None,
+        *,
+        progress: bool,
+        scratch: Where = None,
     ) -> None:
         self._plan = plan
         self._writer = writer
@@ -53,7 +61,7 @@ class PixelSink:
         statistics = None
         if self._statistics is not None and self._statistics.exists():
             statistics = load_statistics(self._statistics)
-        self._decoder = plan.decoder(statistics)
+        self._decoder = plan.decoder(statistics, scratch)
         self._saved = writer.rows_written
         self._last = time.perf_counter()
         self._cost = 0.0

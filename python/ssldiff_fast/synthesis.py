@@ -28,6 +28,7 @@ from ssldiff_fast.canvas.state import (
     going_on,
     remove_state,
 )
+from ssldiff_fast.canvas.wide import Spill
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.pipeline import STATISTICS, Background, PixelSink, needed
 from ssldiff_fast.slides.cog import Georeference
@@ -46,6 +47,7 @@ from ssldiff_fast.synthesis_plan import (
     settle,
     wanted_grid,
 )
+from ssldiff_fast.synthesis_space import WaitingRows
 
 # A canvas with more bytes than this is denoised in the wavefront order.
 _WAVEFRONT_BYTES = 2**28
@@ -205,12 +207,17 @@ def synthesize(
                 seconds = {"denoise": 0.0, "decode and write": 0.0}
                 made = (Path(out), plan.size_px, plan.mpp, seconds, recipe, seed)
                 return Synthesis(*made, *plan.evaluations())
+        in_files = in_order == "wavefront" and plan.is_on_cpu
+        if in_files:
+            waiting = WaitingRows.of(plan)
+            options["more_bytes"] = waiting.bytes_needed(keeps_state=kept is not None)
         with (
             open_writer(out, width, height, plan.mpp, **options) as writer,
             _dropped_while_empty(writer),
         ):
             folder = None if kept is None else kept.folder.path
-            sink = PixelSink(plan, writer, folder, progress=progress)
+            scratch = Spill(Path(out).parent) if in_files else None
+            sink = PixelSink(plan, writer, folder, progress=progress, scratch=scratch)
             shared: dict[str, Any] = {
                 "state": kept and kept.folder,
                 "resume": resume,
@@ -218,7 +225,7 @@ def synthesize(
             }
             start = time.perf_counter()
             if in_order == "wavefront":
-                rows = plan.rows(seed, durable=sink.durable, **shared)
+                rows = plan.rows(seed, durable=sink.durable, scratch=scratch, **shared)
                 with Background(sink.take) as background:
                     for band in needed(rows, sink.first):
                         background.put(band)

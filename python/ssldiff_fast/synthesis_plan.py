@@ -27,6 +27,7 @@ from ssldiff_fast.canvas.stages import Rows
 from ssldiff_fast.canvas.state import StateFolder
 from ssldiff_fast.canvas.tile_decoder import Pixels
 from ssldiff_fast.canvas.wavefront import sample_rows
+from ssldiff_fast.canvas.wide import Where
 from ssldiff_fast.encoders.spec import EncoderSpec
 from ssldiff_fast.models.conditioner import PatchRegionConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
@@ -34,6 +35,7 @@ from ssldiff_fast.models.local_autoencoder import Statistics
 from ssldiff_fast.ops import philox_normal
 from ssldiff_fast.ops.window_plan import window_strides
 from ssldiff_fast.slides.grid import Grid
+from ssldiff_fast.slides.pixel_band import PixelBand
 
 # Tiles decoded at once on a CPU: 24 a second and core of the bundled model, against 16 at 16, whose
 # feature maps leave the caches and are mapped anew by the allocator for every layer.
@@ -183,6 +185,11 @@ class Plan:
         return cls(model, grid, preset, geometry, denoiser, decode, batch_size)
 
     @property
+    def is_on_cpu(self) -> bool:
+        """Whether the network and its canvas are in the machine's own memory."""
+        return next(self.model.unet.parameters()).device.type == "cpu"
+
+    @property
     def factor(self) -> int:
         """Pixels per latent along one side."""
         return self.model.downsample_factor
@@ -277,6 +284,7 @@ class Plan:
         resume: bool | None,
         durable: Callable[[], int],
         progress: bool,
+        scratch: Where = None,
     ) -> Iterator[Rows]:
         """Rows [C, n, W] of the denoised canvas as they become final, in the wavefront order."""
         width, channels = self.canvas_denoiser.size[1], self.model.latent_channels
@@ -300,14 +308,19 @@ class Plan:
             resume=resume,
             recipe=self.recipe(),
             durable=durable,
+            scratch=scratch,
             progress=progress,
         )
 
-    def decoder(self, statistics: Statistics | None = None) -> RowDecoder:
+    def decoder(self, statistics: Statistics | None = None, scratch: Where = None) -> RowDecoder:
         """What makes pixels of the canvas, continued round its ends where it is tileable."""
         size = [side + 2 * pad for side, pad in zip(self.canvas_denoiser.size, self._pads)]
         return open_decoder(
-            self.model, (size[0], size[1]), self.decode_settings, statistics=statistics
+            self.model,
+            (size[0], size[1]),
+            self.decode_settings,
+            statistics=statistics,
+            scratch=scratch,
         )
 
     def first_latent(self, decoder: RowDecoder, row: int) -> int:
@@ -317,7 +330,7 @@ class Plan:
 
     def decode(
         self, bands: Iterable[Tensor], *, decoder: RowDecoder, begin: int, progress: bool
-    ) -> Iterator[Pixels]:
+    ) -> Iterator[Pixels | PixelBand]:
         """Bands of pixel rows from latent row `begin` down.
 
         Args:
@@ -361,7 +374,9 @@ def _tiles_at_once(model: LatentDiffusion, batch_size: int) -> int:
     return min(batch_size, CPU_TILES) if on_cpu else batch_size
 
 
-def _cropped(bands: Iterator[Pixels], height: int, left: int, width: int) -> Iterator[Pixels]:
+def _cropped(
+    bands: Iterator[Pixels | PixelBand], height: int, left: int, width: int
+) -> Iterator[Pixels | PixelBand]:
     """The first `height` rows of bands, and of each the columns after `left`."""
     for band in bands:
         inside = band[:height, left : left + width]

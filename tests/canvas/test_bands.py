@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ssldiff_fast.canvas import WindowPlan, canvas_noise
-from ssldiff_fast.canvas.bands import blend_window_rows, micro_batches
+from ssldiff_fast.canvas.bands import RowBlend, blend_window_rows, micro_batches
+from ssldiff_fast.canvas.wide import Memory
+from ssldiff_fast.ops import scatter_mean
 
 PLANS = {
     "one window": WindowPlan.regular(8, 8, (8, 8), 3),
@@ -43,12 +45,33 @@ def test_bands_are_the_weighted_mean_of_the_windows(plan: WindowPlan) -> None:
     torch.testing.assert_close(image, mean_of_windows(plan))
 
 
+class Pieces(Memory):
+    """Works on so many columns of windows at once."""
+
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
+
+    def share(self, count: int, each: int) -> int:
+        return self._columns
+
+
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
-def test_the_bytes_do_not_depend_on_the_number_of_bands(plan: WindowPlan) -> None:
-    whole = torch.cat(list(blend_window_rows(plan, window_rows(plan), rows_held=1000)), dim=1)
-    for held in (1, 2, 3, 7):
-        bands = list(blend_window_rows(plan, window_rows(plan), rows_held=held))
-        assert torch.equal(torch.cat(bands, dim=1), whole)
+def test_the_bytes_do_not_depend_on_the_number_of_bands_and_pieces(plan: WindowPlan) -> None:
+    whole = scatter_mean(torch.cat(window_rows(plan)), plan)
+    assert torch.equal(torch.cat(list(blend_window_rows(plan, window_rows(plan))), dim=1), whole)
+    for columns in (1, 2, 5):
+        blend, made = RowBlend(plan, Pieces(columns)), torch.empty_like(whole)
+        end = 0
+        for row in window_rows(plan):
+            rows = blend.push(row)
+            assert rows.start == end
+            end, right = rows.stop, 0
+            for left, piece in blend.pieces(rows) if rows else ():
+                assert left == right
+                right += piece.shape[2]
+                made[:, rows.start : rows.stop, left:right] = piece
+        assert end == plan.height
+        assert torch.equal(made, whole)
 
 
 def test_a_band_is_handed_on_as_soon_as_its_rows_are_final() -> None:
@@ -62,7 +85,7 @@ def test_a_band_is_handed_on_as_soon_as_its_rows_are_final() -> None:
             yield row
 
     finished = 0
-    for band in blend_window_rows(plan, rows(), rows_held=1):
+    for band in blend_window_rows(plan, rows()):
         finished += band.shape[1]
         assert finished == (plan.origins_y[taken] if taken < 9 else 40)
     assert finished == 40

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from golden_inputs import VQ_SMALL, fill, golden_input, golden_output
-from ssldiff_fast.canvas import canvas_noise, decode_image, decode_rows
+from ssldiff_fast.canvas import canvas_noise, decode_image, decode_rows, wide
 from ssldiff_fast.models.autoencoder import VQModel
+from ssldiff_fast.slides.pixel_band import PixelBand
 from tiny_models import tiny_model
 
 
@@ -55,10 +57,25 @@ def test_bands_come_from_top_to_bottom_and_do_not_change_the_bytes() -> None:
     latent = canvas_noise(0, 3, 37, 21)
     options: dict[str, Any] = {"stride": 3, "window": (8, 8)}
     whole = decode_image(enlarge, latent, **options)
-    for held in (1, 4):
-        bands = list(decode_rows(enlarge, [latent], (37, 21), rows_held=held, **options))
+    for cut in (37, 5):
+        bands = list(decode_rows(enlarge, latent.split(cut, dim=1), (37, 21), **options))
         assert len(bands) > 2
         assert np.array_equal(np.concatenate(bands), whole)
+
+
+@pytest.mark.parametrize("stride", [(3, 3), (8, 8), (5, 2)], ids=str)
+@pytest.mark.parametrize("piece_bytes", [1, 2**14])
+def test_what_waits_in_a_file_does_not_change_the_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: tuple[int, int], piece_bytes: int
+) -> None:
+    monkeypatch.setattr(wide, "_PIECE_BYTES", piece_bytes)
+    latent = canvas_noise(0, 3, 37, 41)
+    options: dict[str, Any] = {"stride": stride, "window": (8, 8), "weights": "hann"}
+    whole = decode_image(enlarge, latent, **options)
+    bands = list(decode_rows(enlarge, [latent], (37, 41), scratch=tmp_path, **options))
+    assert {type(band) for band in bands} == {PixelBand}
+    assert np.array_equal(np.concatenate([np.asarray(band) for band in bands]), whole)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_first_rows_are_finished_before_the_last_are_decoded() -> None:
@@ -70,7 +87,7 @@ def test_the_first_rows_are_finished_before_the_last_are_decoded() -> None:
         return enlarge(tiles)
 
     latents = canvas_noise(0, 3, 80, 8).split(7, dim=1)
-    bands = decode_rows(counted, latents, (80, 8), stride=8, window=(8, 8), rows_held=1)
+    bands = decode_rows(counted, latents, (80, 8), stride=8, window=(8, 8))
     assert calls == 0
     assert next(bands).shape == (32, 32, 3)
     assert calls <= 2

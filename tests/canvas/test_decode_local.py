@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,10 +88,12 @@ def test_a_halo_that_is_one_too_small_shows() -> None:
             assert same is equal
 
 
-def test_bands_of_latents_do_not_change_the_bytes() -> None:
+def test_bands_of_latents_do_not_change_the_bytes(tmp_path: Path) -> None:
     vae = vq()
     options: dict[str, Any] = {"decoder": "local", "tile": 16, "window": (16, 16)}
     whole = decode_image(vae, latent(), **options)
+    in_file = decode_rows(vae, [latent()], SIZE, scratch=tmp_path, **options)
+    assert np.array_equal(np.concatenate([np.asarray(band) for band in in_file]), whole)
     bands = decode_rows(vae, latent().split(7, dim=1), SIZE, **options)
     assert np.array_equal(np.concatenate(list(bands)), whole)
 

@@ -135,7 +135,8 @@ def test_the_first_latents_are_made_before_the_last_pixels_are_read(way: str) ->
             yield picture(8, 32)
 
     rows = encode_rows(vq(), bands(), (800, 32), way=way, window=WINDOW, tile=8)
-    assert next(rows).shape == (3, 8, 8)
+    first = next(rows)
+    assert (first.shape[0], first.shape[2]) == (3, 8)
     assert read < 20
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,11 +190,13 @@ def test_shifted_windows_wrap_too() -> None:
     assert bool(torch.isfinite(made).all())
 
 
-def test_the_orders_agree_where_windows_wrap_along_x() -> None:
+def test_the_orders_agree_where_windows_wrap_along_x(tmp_path: Path) -> None:
     canvas = wrapped((False, True))
     x = canvas_noise(0, 3, 32, 24)
     plain = sample(canvas, x, **settings())
     assert torch.equal(sample(canvas, x, order="wavefront", **settings()), plain)
+    rows = sample_rows(canvas, x, scratch=tmp_path, **settings())
+    assert torch.equal(torch.cat([part.canvas for part in rows], dim=1), plain)
 
 
 def test_the_wavefront_order_refuses_windows_that_wrap_along_y() -> None:

@@ -13,7 +13,15 @@ from runs import shifted as shifted_windows
 from torch import Tensor
 from toys import ConvDenoiser
 
-from ssldiff_fast.canvas import CanvasDenoiser, GridField, WindowPlan, canvas_noise, sample_rows
+from ssldiff_fast.canvas import (
+    CanvasDenoiser,
+    GridField,
+    Rows,
+    WindowPlan,
+    canvas_noise,
+    sample_rows,
+    wide,
+)
 from ssldiff_fast.ops import philox_normal
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -35,6 +43,48 @@ WINDOWS: dict[str, Any] = {
 def test_the_orders_end_in_the_same_bytes(windows: Any, changes: dict[str, Any]) -> None:
     whole = image(denoiser(windows), **changes)
     assert digest(image(denoiser(windows), order="wavefront", **changes)) == digest(whole)
+
+
+def joined(rows: list[Rows]) -> Tensor:
+    return torch.cat([part.canvas for part in rows], dim=-2)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2**13])
+@pytest.mark.parametrize("windows", WINDOWS.values(), ids=WINDOWS.keys())
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS.keys())
+def test_rows_that_wait_in_a_file_have_the_same_bytes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    windows: Any,
+    changes: dict[str, Any],
+    piece_bytes: int,
+) -> None:
+    expected = digest(image(denoiser(windows), **changes))
+    monkeypatch.setattr(wide, "_PIECE_BYTES", piece_bytes)
+    rows = rows_of(denoiser(windows), noise(), scratch=tmp_path, **changes)
+    assert digest(joined(rows)) == expected
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m"])
+def test_so_have_masked_and_batched_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, solver: str
+) -> None:
+    tissue = torch.zeros(6, 3, dtype=torch.bool)
+    tissue[1, 0] = tissue[3, 2] = True
+    glass = torch.tensor([0.7, -0.2, 0.4]).view(3, 1, 1)
+    changes = {"solver": solver, "eta": 0.5 if solver == "ddim" else 0.0, "steps": 3}
+    for options in (
+        {"mask": tissue, "background": glass},
+        {"field": [field(11), field(12)]},
+        {"field": [field(11), field(12)], "mask": tissue, "background": glass},
+    ):
+        start = torch.stack((noise(0), noise(1))) if "field" in options else noise()
+        expected = digest(image(denoiser(**options), start, **changes))
+        with monkeypatch.context() as patch:
+            patch.setattr(wide, "_PIECE_BYTES", 1)
+            rows = rows_of(denoiser(**options), start, scratch=tmp_path, **changes)
+        assert digest(joined(rows)) == expected
 
 
 def test_the_bytes_do_not_depend_on_how_the_start_is_given(tmp_path: Path) -> None:

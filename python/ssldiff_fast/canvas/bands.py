@@ -8,16 +8,17 @@ the bytes do not depend on how many.
 
 from __future__ import annotations
 
+import bisect
+from collections import deque
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ssldiff_fast._checks import check_positive
+from ssldiff_fast.canvas.wide import Memory
 from ssldiff_fast.ops import WindowPlan, scatter_mean
-
-# Window outputs held before they are averaged. More saves repeated work where bands meet.
-_HELD_BYTES = 64 * 2**20
 
 
 def micro_batches(count: int, batch_size: int) -> list[Tensor]:
@@ -41,40 +42,117 @@ def micro_batches(count: int, batch_size: int) -> list[Tensor]:
     ]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Some columns of the canvas, and the windows that cover them.
+
+    Attributes:
+        columns: of the canvas.
+        windows: columns of windows.
+        left: the canvas's column that `windows` begin with.
+        whole: these are all columns and windows.
+    """
+
+    columns: range
+    windows: range
+    left: int
+    whole: bool
+
+    def covered(self, plan: WindowPlan) -> range:
+        """The columns that the windows cover."""
+        last = plan.width if self.whole else plan.origins_x[self.windows[-1]] + plan.window[1]
+        return range(self.left, last)
+
+    @property
+    def inside(self) -> slice:
+        """The columns among those that the windows cover."""
+        return slice(self.columns.start - self.left, self.columns.stop - self.left)
+
+
+def column_pieces(plan: WindowPlan, share: int) -> list[Piece]:
+    """The canvas in pieces of `share` columns of windows, from left to right.
+
+    A canvas that wraps along x is one piece.
+    """
+    count = len(plan.origins_x)
+    if plan.wrap[1] or share >= count:
+        return [Piece(range(plan.width), range(count), 0, True)]
+    pieces = []
+    for first in range(0, count, share):
+        last = min(first + share, count)
+        begin = plan.origins_x[first] if first else 0
+        end = plan.width if last == count else plan.origins_x[last]
+        lead = bisect.bisect_right(plan.origins_x, begin - plan.window[1])
+        pieces.append(Piece(range(begin, end), range(lead, last), plan.origins_x[lead], False))
+    return pieces
+
+
+class RowBlend:
+    """Weighted mean of windows (paper Eq. 6), a window row after another, from top to bottom.
+
+    Args:
+        plan: The windows.
+        wide: Where the rows were made, of which pieces are in memory at once.
+    """
+
+    def __init__(self, plan: WindowPlan, wide: Memory | None = None) -> None:
+        self._plan = plan
+        self._wide = wide or Memory()
+        self._held: deque[tuple[int, Tensor]] = deque()
+        self._rows = self._done = 0  # window rows taken; canvas rows that are final
+
+    def push(
+        self,
+        row: Tensor,  # [Q, C, h, w] fp32 | bf16 | fp16
+    ) -> range:
+        """Takes the next window row; the canvas rows that are final with it, perhaps none."""
+        plan, held = self._plan, self._held
+        while held and plan.origins_y[held[0][0]] + plan.window[0] <= self._done:
+            held.popleft()
+        held.append((self._rows, row))
+        self._rows += 1
+        is_last = self._rows == len(plan.origins_y)
+        end = plan.height if is_last else plan.origins_y[self._rows]
+        if plan.wrap[0] and not is_last:
+            end = 0  # the last window rows cover the first canvas rows
+        begin, self._done = self._done, max(self._done, end)
+        return range(begin, self._done)
+
+    def pieces(self, rows: range) -> Iterator[tuple[int, Tensor]]:
+        """Canvas rows that `push` named: first column and [C, n, w] fp32, from left to right."""
+        of_window = sum(row[0].nbytes for _, row in self._held)
+        share = self._wide.share(len(self._plan.origins_x), of_window)
+        for piece in column_pieces(self._plan, share):
+            yield piece.columns.start, self._piece(rows, piece)
+
+    def _piece(self, rows: range, piece: Piece) -> Tensor:
+        plan, (first, _), numbers = self._plan, self._held[0], piece.windows
+        windows = torch.cat([row[numbers.start : numbers.stop] for _, row in self._held])
+        self._wide.release(*(row for _, row in self._held))
+        if piece.whole:
+            index = torch.arange(len(windows)) + first * len(numbers)
+            return scatter_mean(windows, plan, index, rows=(rows.start, rows.stop))
+        part = plan.part(range(first, first + len(self._held)), numbers)
+        top = plan.origins_y[first]
+        mean = scatter_mean(windows, part, rows=(rows.start - top, rows.stop - top))
+        return mean[:, :, piece.inside]
+
+
 def blend_window_rows(
     plan: WindowPlan,
     rows: Iterable[Tensor],  # P of [Q, C, h, w] fp32 | bf16 | fp16
-    *,
-    rows_held: int | None = None,
 ) -> Iterator[Tensor]:
     """Weighted mean of windows (paper Eq. 6) as bands of canvas rows, from top to bottom.
 
     Args:
         plan: The windows.
         rows: The outputs of each window row, in order.
-        rows_held: Window rows that are gathered before their canvas rows are averaged; the result
-            is the same for any number.
 
     Yields:
         [C, n, W] fp32; the bands follow one another without gap.
     """
-    h, count = plan.window[0], len(plan.origins_x)
-    held: list[Tensor] = []
-    first, done = 0, 0  # first window row held; canvas rows handed on
-    for index, row in enumerate(rows):
-        held.append(row)
-        every = rows_held or max(1, _HELD_BYTES // (row.numel() * row.element_size()))
-        is_last = index + 1 == len(plan.origins_y)
-        if (index + 1) % every and not is_last:
-            continue
-        final = plan.height if is_last else plan.origins_y[index + 1]
-        if plan.wrap[0] and not is_last:
-            final = 0  # the last window rows cover the first canvas rows
-        if final == done:
-            continue
-        numbers = torch.arange(first * count, (index + 1) * count)
-        yield scatter_mean(torch.cat(held), plan, numbers, rows=(done, final))
-        done = final
-        while held and plan.origins_y[first] + h <= done:
-            held.pop(0)
-            first += 1
+    blend = RowBlend(plan)
+    for row in rows:
+        final = blend.push(row)
+        if final:
+            yield torch.cat([piece for _, piece in blend.pieces(final)], dim=2)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +17,12 @@ from ssldiff_fast.canvas.decode_global import GlobalDecoder
 from ssldiff_fast.canvas.decode_local import LocalDecoder
 from ssldiff_fast.canvas.decode_overlapped import OverlappedDecoder
 from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder
+from ssldiff_fast.canvas.wide import Where, folder_of, wide_rows
 from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
 from ssldiff_fast.models.local_autoencoder import Statistics, receptive_halo
 from ssldiff_fast.ops import WindowPlan
 from ssldiff_fast.ops.window_plan import WEIGHTS
+from ssldiff_fast.slides.pixel_band import PixelBand
 
 _CALL = "decode"
 DECODERS = ("reference", "global", "local")
@@ -36,7 +37,7 @@ class RowDecoder(Protocol):
 
     def decode(
         self, bands: Iterable[Tensor], *, begin: int = 0, progress: bool = False
-    ) -> Iterator[Pixels]:
+    ) -> Iterator[Pixels | PixelBand]:
         """Bands [rows, W * f, 3] uint8 of pixels, from the first that belongs to latent row `begin`
         down, of bands [C, n, W] of the canvas from row `first_latent(begin)` down."""
         ...
@@ -79,8 +80,7 @@ def open_decoder(
     *,
     window: tuple[int, int] | None = None,
     statistics: Statistics | None = None,
-    scratch: Path | None = None,
-    rows_held: int | None = None,
+    scratch: Where = None,
 ) -> RowDecoder:
     """The decoder of a canvas.
 
@@ -93,9 +93,9 @@ def open_decoder(
         window: (h, w) of a tile of the reference in latents; the model's own unless given.
         statistics: of the local decoder's norms, as `measure_statistics` returns them; the model's
             own, or else measured on the first rows of the canvas.
-        scratch: folder for what the global decoder cannot hold in memory.
-        rows_held: tile rows of the reference that are gathered before they are blended; changes
-            memory, not the result.
+        scratch: folder for what should not be in memory: rows as wide as the canvas (bands of
+            pixels are then a `PixelBand` each, which `numpy.asarray` reads and writers take), and
+            maps that the global decoder cannot hold.
 
     Raises:
         TypeError: the model cannot decode, or not in this way.
@@ -110,7 +110,7 @@ def open_decoder(
             plan,
             weights=chosen.weights,
             batch_size=chosen.batch_size,
-            rows_held=rows_held,
+            wide=wide_rows(scratch),
         )
     if chosen.decoder == "global":
         if not isinstance(tiles.vae, VQModel | AutoencoderKL):
@@ -119,7 +119,7 @@ def open_decoder(
                 f"ours, but the model has a {type(tiles.vae).__name__}; see "
                 "sf.adapters.first_stage_from_diffusers, or use another decoder."
             )
-        return GlobalDecoder(tiles, size, scratch=scratch)
+        return GlobalDecoder(tiles, size, scratch=folder_of(scratch))
     if not isinstance(tiles.vae, torch.nn.Module):
         raise TypeError(
             f"{_CALL}: the local decoder fixes statistics within an autoencoder, but model is a "
@@ -135,6 +135,7 @@ def open_decoder(
         tile=chosen.tile or 2 * max(window),
         batch_size=chosen.batch_size,
         statistics=statistics or getattr(model, "statistics", None) or None,
+        wide=wide_rows(scratch),
     )
 
 
@@ -145,7 +146,7 @@ def decode_rows(
     *,
     progress: bool = False,
     **options: Any,
-) -> Iterator[Pixels]:
+) -> Iterator[Pixels | PixelBand]:
     """Bands [rows, W * f, 3] uint8 of pixels of the bands [C, n, W] of a canvas.
 
     Args:
@@ -165,7 +166,8 @@ def decode_image(model: Any, latent: Tensor, **options: Any) -> Pixels:
     """The whole image [H * f, W * f, 3] uint8 of a canvas [C, H, W]; options as `decode_rows`."""
     check_shape("latent", latent, "C H W", call=_CALL)
     size = int(latent.shape[1]), int(latent.shape[2])
-    return np.concatenate(list(decode_rows(model, [latent], size, **options)))
+    bands = decode_rows(model, [latent], size, **options)
+    return np.concatenate([np.asarray(band) for band in bands])
 
 
 def _window(model: Any, window: tuple[int, int] | None) -> tuple[int, int]:

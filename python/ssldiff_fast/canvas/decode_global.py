@@ -60,8 +60,9 @@ class GlobalDecoder:
             RuntimeError: the image became NaN or infinite.
         """
         height, width = self._size
-        canvas = RowBuffer(bands, height, width, begin=0, call=_CALL).upto(height)
-        latent, vae = self._tiles.unscaled(canvas), self._tiles.vae
+        canvas = RowBuffer(bands, height, width, begin=0, call=_CALL)
+        canvas.upto(height)
+        latent, vae = self._tiles.unscaled(canvas.read(0, height)), self._tiles.vae
         factor = vae.downsample_factor
         skip, above = begin * factor, 0
         bar = tqdm(total=height * factor, desc="decoding", unit="row", disable=not progress)

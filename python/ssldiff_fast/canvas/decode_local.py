@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -13,11 +12,13 @@ from tqdm import tqdm
 from ssldiff_fast.canvas.row_buffer import RowBuffer
 from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder, to_bytes
 from ssldiff_fast.canvas.tile_span import Span, batches, sample_origins
+from ssldiff_fast.canvas.wide import Memory
 from ssldiff_fast.models.local_autoencoder import (
     Statistics,
     local_autoencoder,
     measure_statistics,
 )
+from ssldiff_fast.slides.pixel_band import PixelBand
 
 _CALL = "decode"
 
@@ -42,6 +43,7 @@ class LocalDecoder:
         tile: side of a tile without its halo, in latents.
         batch_size: tiles of one call, at most; belongs to the recipe.
         statistics: of the norms; measured on windows of the first rows of tiles without them.
+        wide: where rows of latents and pixels wait.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class LocalDecoder:
         tile: int,
         batch_size: int,
         statistics: Statistics | None = None,
+        wide: Memory | None = None,
     ) -> None:
+        self._wide = wide or Memory()
         self._own = tiles
         self._size = size
         self._window = window
@@ -87,7 +91,7 @@ class LocalDecoder:
 
     def decode(
         self, bands: Iterable[Tensor], *, begin: int = 0, progress: bool = False
-    ) -> Iterator[Pixels]:
+    ) -> Iterator[Pixels | PixelBand]:
         """Bands [rows, W * f, 3] uint8, from latent row `begin` down.
 
         Args:
@@ -105,30 +109,39 @@ class LocalDecoder:
                 "those that the first rows were decoded with."
             )
         height, width = self._size
-        buffer = RowBuffer(bands, height, width, begin=self.first_latent(begin), call=_CALL)
+        first = self.first_latent(begin)
+        buffer = RowBuffer(bands, height, width, begin=first, call=_CALL, wide=self._wide)
         tops = range(begin // self.tile * self.tile, height, self.tile)
         total = len(tops) * -(-width // self.tile)
         with tqdm(total=total, desc="decoding", unit="tile", disable=not progress) as bar:
             for top in tops:
                 region = Span.around(top, self.tile, self.halo, height)
                 buffer.forget(region.begin)
-                latents = buffer.upto(region.end)[:, : region.end - buffer.begin]
+                buffer.upto(region.end)
                 if self._tiles is None:
-                    self._measure(latents)
-                band = self._row(latents, region, bar)
+                    self._measure(buffer.read(region.begin, region.end))
+                band = self._row(buffer, region, bar)
                 factor = len(band) // region.kept
                 yield band[max(0, begin - top) * factor :]
 
-    def _row(self, latents: Tensor, rows: Span, bar: tqdm) -> Pixels:
+    def _row(self, buffer: RowBuffer, rows: Span, bar: tqdm) -> Pixels | PixelBand:
         """One row of tiles: [kept * f, W * f, 3]."""
-        made: list[Pixels] = []
+        band: Pixels | PixelBand | None = None
         for part in batches(self._size[1], self.tile, self.halo, self._batch_size):
-            made += self._decode(latents, rows, part)
+            for span, made in zip(part, self._decode(buffer, rows, part), strict=True):
+                factor = made.shape[0] // rows.kept
+                if band is None:
+                    band = self._wide.pixels(made.shape[0], self._size[1] * factor)
+                left = span.top * factor
+                band[:, left : left + made.shape[1]] = made
             bar.update(len(part))
-        return np.concatenate(made, axis=1)
+        assert band is not None
+        return band
 
-    def _decode(self, latents: Tensor, rows: Span, spans: list[Span]) -> list[Pixels]:
-        regions = torch.stack([latents[:, :, span.begin : span.end] for span in spans])
+    def _decode(self, buffer: RowBuffer, rows: Span, spans: list[Span]) -> list[Pixels]:
+        columns = range(spans[0].begin, spans[-1].end)
+        latents, left = buffer.read(rows.begin, rows.end, columns), columns.start
+        regions = torch.stack([latents[:, :, s.begin - left : s.end - left] for s in spans])
         assert self._tiles is not None
         images = self._tiles(regions, [(rows.top, span.top) for span in spans])
         factor = images.shape[-1] // regions.shape[-1]

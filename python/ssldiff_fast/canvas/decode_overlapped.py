@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssldiff_fast.canvas.bands import blend_window_rows, micro_batches
+from ssldiff_fast.canvas.bands import RowBlend, micro_batches
 from ssldiff_fast.canvas.row_buffer import RowBuffer
 from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder, to_bytes
+from ssldiff_fast.canvas.wide import Memory
 from ssldiff_fast.canvas.windows import WEIGHTS
-from ssldiff_fast.ops import WindowPlan, gather_windows
+from ssldiff_fast.ops import WindowPlan
+from ssldiff_fast.slides.pixel_band import PixelBand
 
 _CALL = "decode"
 
@@ -35,7 +37,7 @@ class OverlappedDecoder:
             half-overlapping tiles leave a faint line there, which "hann", zero at the edge, does
             not.
         batch_size: tiles of one call, at most; belongs to the recipe.
-        rows_held: tile rows gathered before they are blended; changes memory, not the result.
+        wide: where rows of latents, tiles and pixels wait.
     """
 
     def __init__(
@@ -45,13 +47,13 @@ class OverlappedDecoder:
         *,
         weights: str,
         batch_size: int,
-        rows_held: int | None = None,
+        wide: Memory | None = None,
     ) -> None:
         self._tiles = tiles
         self.plan = plan
         self._weights = weights
         self._batch_size = batch_size
-        self._rows_held = rows_held
+        self._wide = wide or Memory()
 
     def first_latent(self, row: int) -> int:
         """The first row of latents that the image is made of from row `row` of latents down."""
@@ -59,7 +61,7 @@ class OverlappedDecoder:
 
     def decode(
         self, bands: Iterable[Tensor], *, begin: int = 0, progress: bool = False
-    ) -> Iterator[Pixels]:
+    ) -> Iterator[Pixels | PixelBand]:
         """Bands of pixel rows, from the first that belongs to row `begin` of latents down.
 
         Args:
@@ -71,30 +73,36 @@ class OverlappedDecoder:
             [rows, W * f, 3] uint8.
         """
         first = self._first_tile_row(begin)
-        rest = _below(self.plan, first)
-        base = self.plan.origins_y[first]
-        buffer = RowBuffer(bands, self.plan.height, self.plan.width, begin=base, call=_CALL)
-        count = len(rest.origins_x)
-        with tqdm(total=len(rest), desc="decoding", unit="tile", disable=not progress) as bar:
+        plan, base = _below(self.plan, first), self.plan.origins_y[first]
+        sizes = self.plan.height, self.plan.width
+        buffer = RowBuffer(bands, *sizes, begin=base, call=_CALL, wide=self._wide)
+        blend: RowBlend | None = None
+        skip = 0
+        with tqdm(total=len(plan), desc="decoding", unit="tile", disable=not progress) as bar:
+            for y in plan.origins_y:
+                buffer.forget(base + y)
+                buffer.upto(base + y + plan.window[0])
+                tiles = self._row(buffer, plan, base + y)
+                bar.update(len(tiles))
+                if blend is None:
+                    factor = _factor(tiles, plan)
+                    blend = RowBlend(self._blended(plan, factor), self._wide)
+                    skip = (begin - base) * factor
+                final = blend.push(tiles)
+                if final.stop > skip:
+                    rows = range(max(final.start, skip), final.stop)
+                    yield self._band(blend, rows, plan.width * factor)
 
-            def row(number: int) -> Tensor:
-                origin = base + rest.origins_y[number]
-                buffer.forget(origin)
-                latents = buffer.upto(origin + rest.window[0])
-                decoded = self._row(latents, rest, number, origin)
-                bar.update(count)
-                return decoded
+    def _blended(self, plan: WindowPlan, factor: int) -> WindowPlan:
+        """The tiles in pixels, with the weights of the blend."""
+        sizes = [size * factor for size in plan.window]
+        return plan.scaled(factor, *(WEIGHTS[self._weights](size) for size in sizes))
 
-            top = row(0)
-            factor = _factor(top, rest)
-            sizes = [size * factor for size in rest.window]
-            pixels = rest.scaled(factor, *(WEIGHTS[self._weights](size) for size in sizes))
-            rows = (top if number == 0 else row(number) for number in range(len(rest.origins_y)))
-            skip = (begin - base) * factor
-            for band in blend_window_rows(pixels, rows, rows_held=self._rows_held):
-                if skip < band.shape[1]:
-                    yield to_bytes(band[:, skip:])
-                skip = max(0, skip - band.shape[1])
+    def _band(self, blend: RowBlend, rows: range, width: int) -> Pixels | PixelBand:
+        band = self._wide.pixels(len(rows), width)
+        for left, piece in blend.pieces(rows):
+            band[:, left : left + piece.shape[2]] = to_bytes(piece)
+        return band
 
     def _first_tile_row(self, row: int) -> int:
         bottoms = [origin + self.plan.window[0] for origin in self.plan.origins_y]
@@ -102,16 +110,23 @@ class OverlappedDecoder:
         below = (number for number, bottom in enumerate(bottoms) if bottom > row)
         return next(below, len(bottoms) - 1)
 
-    def _row(self, latents: Tensor, plan: WindowPlan, number: int, origin: int) -> Tensor:
+    def _row(self, buffer: RowBuffer, plan: WindowPlan, top: int) -> Tensor:
         """One row of tiles, decoded: [Q, 3, h * f, w * f] fp32."""
-        count = len(plan.origins_x)
-        decoded = []
+        count, (h, w) = len(plan.origins_x), plan.window
+        made: Tensor | None = None
         for columns in micro_batches(count, self._batch_size):
-            index = number * count + columns
-            crops = gather_windows(latents, plan, index, first_row=plan.origins_y[number])
-            places = [(origin, plan.origins_x[column]) for column in columns.tolist()]
-            decoded.append(self._tiles(crops, places))
-        return torch.cat(decoded)[:count]
+            origins = [plan.origins_x[column] for column in columns.tolist()]
+            left = origins[0]
+            latents = buffer.read(top, top + h, range(left, origins[-1] + w))
+            crops = torch.stack([latents[:, :, x - left : x - left + w] for x in origins])
+            tiles = self._tiles(crops, [(top, x) for x in origins])
+            if made is None:
+                made = self._wide.empty(count, *tiles.shape[1:], like=tiles)
+            first = int(columns[0])
+            made[first : first + len(tiles)] = tiles[: count - first]
+            self._wide.release(made)
+        assert made is not None
+        return made
 
 
 def _below(plan: WindowPlan, first: int) -> WindowPlan:

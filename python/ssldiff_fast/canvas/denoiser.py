@@ -20,8 +20,9 @@ from ssldiff_fast._checks import (
 from ssldiff_fast.canvas.conditioning import Cond
 from ssldiff_fast.canvas.mask import TissueMask
 from ssldiff_fast.canvas.regions import with_regions
-from ssldiff_fast.canvas.stages import Rows, StepSettings, WindowStage
+from ssldiff_fast.canvas.stages import Rows, StepSettings
 from ssldiff_fast.canvas.window_rows import RowEvaluator
+from ssldiff_fast.canvas.window_stage import WindowStage
 from ssldiff_fast.diffusion.prediction import denoised_coefficients
 from ssldiff_fast.diffusion.schedule import Schedule
 from ssldiff_fast.ops import WindowPlan

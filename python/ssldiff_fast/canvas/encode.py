@@ -142,8 +142,8 @@ def _layer_by_layer(
         image = FeatureMap(3, height, width, Path(folder), next(vae.parameters()))
         buffer = RowBuffer(rows, height, width, begin=0, call=_CALL, name="pixels")
         while buffer.end < height:
-            held = buffer.upto(buffer.end + 1)
-            image.write(buffer.begin, held[None])
+            buffer.upto(buffer.end + 1)
+            image.write(buffer.begin, buffer.read(buffer.begin, buffer.end)[None])
             buffer.forget(buffer.end)
         for band in Layerwise(vae, Path(folder)).encode(image):
             if not bool(torch.isfinite(band).all()):

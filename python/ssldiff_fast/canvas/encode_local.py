@@ -88,8 +88,8 @@ class LocalEncoder:
             for top in tops:
                 rows = Span.around(top, self.tile, self.halo, height)
                 buffer.forget(rows.begin * factor)
-                pixels = buffer.upto(rows.end * factor)
-                pixels = pixels[:, : rows.end * factor - buffer.begin]
+                buffer.upto(rows.end * factor)
+                pixels = buffer.read(rows.begin * factor, rows.end * factor)
                 if self._tiles is None:
                     self._measure(pixels)
                 yield self._row(pixels, rows, bar)

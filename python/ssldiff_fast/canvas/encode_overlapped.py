@@ -15,8 +15,6 @@ from ssldiff_fast.canvas.tile_decoder import TileEncoder
 from ssldiff_fast.ops import WindowPlan, gather_windows
 
 _CALL = "encode_rows"
-# Tile rows whose latents are gathered before they are blended.
-_ROWS_HELD = 2
 
 
 class OverlappedEncoder:
@@ -47,13 +45,13 @@ class OverlappedEncoder:
             def row(number: int) -> Tensor:
                 origin = pixels.origins_y[number]
                 buffer.forget(origin)
-                rows = buffer.upto(origin + pixels.window[0])
-                made = self._row(rows, pixels, number)
+                buffer.upto(origin + pixels.window[0])
+                made = self._row(buffer.read(origin, buffer.end), pixels, number)
                 bar.update(len(plan.origins_x))
                 return made
 
             made = (row(number) for number in range(len(plan.origins_y)))
-            yield from blend_window_rows(plan, made, rows_held=_ROWS_HELD)
+            yield from blend_window_rows(plan, made)
 
     def _row(self, rows: Tensor, pixels: WindowPlan, number: int) -> Tensor:
         """One row of tiles, encoded: [Q, C, h, w] fp32."""

@@ -3,15 +3,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ssldiff_fast._checks import check_finite, check_shape
+from ssldiff_fast.canvas.wide import Memory
 
 
-class RowBuffer:
+class Bands:
+    """Bands [..., n, W] of rows, one below the other.
+
+    Args:
+        begin: The first row.
+        wide: Where the bands were made, of which pieces are in memory at once.
+    """
+
+    def __init__(self, begin: int = 0, wide: Memory | None = None) -> None:
+        self._bands: deque[Tensor] = deque()
+        self._wide = wide or Memory()
+        self.begin = self.end = begin  # rows held: [begin, end)
+
+    @property
+    def held(self) -> Sequence[Tensor]:
+        """From row `begin` on."""
+        return self._bands
+
+    def push(self, band: Tensor) -> None:
+        """The rows that follow."""
+        self._bands.append(band)
+        self.end += band.shape[-2]
+
+    def forget(self, before: int) -> None:
+        """Rows above row `before` are not needed again."""
+        while self._bands and self.begin + self._bands[0].shape[-2] <= before:
+            self.begin += self._bands.popleft().shape[-2]
+
+    def read(self, begin: int, end: int, columns: range | None = None) -> Tensor:
+        """Rows [begin, end): [..., n, w], a view where one band holds them.
+
+        Rows from the end on count from the first again, and columns from W on likewise.
+        """
+        if end > self.end:
+            again = self.begin + end - self.end
+            both = self.read(begin, self.end, columns), self.read(self.begin, again, columns)
+            return torch.cat(both, dim=-2)
+        parts, top = [], self.begin
+        for band in self._bands:
+            bottom = top + band.shape[-2]
+            if top < end and bottom > begin:
+                parts.append(_columns(band[..., max(0, begin - top) : end - top, :], columns))
+            top = bottom
+        if len(parts) == 1 and not self._wide.spills:
+            return parts[0]
+        whole = torch.cat(parts, dim=-2)
+        self._wide.release(*self._bands)
+        return whole
+
+
+def _columns(band: Tensor, columns: range | None) -> Tensor:
+    if columns is None:
+        return band
+    width = band.shape[-1]
+    if columns.stop <= width:
+        return band[..., columns.start : columns.stop]
+    return torch.cat((band[..., columns.start :], band[..., : columns.stop - width]), dim=-1)
+
+
+class RowBuffer(Bands):
     """The rows of a canvas or image [C, H, W], taken from bands as they are asked for.
 
     Args:
@@ -20,6 +81,7 @@ class RowBuffer:
         begin: row of the canvas that the first band starts with.
         call: the public call that messages name.
         name: what messages call the rows.
+        wide: where the bands were made.
     """
 
     def __init__(
@@ -31,47 +93,39 @@ class RowBuffer:
         begin: int,
         call: str,
         name: str = "latents",
+        wide: Memory | None = None,
     ) -> None:
-        self._bands = iter(bands)
-        self._held: Tensor | None = None
-        self.begin = self.end = begin  # rows held: [begin, end)
+        super().__init__(begin, wide)
+        self._source = iter(bands)
         self._size = (height, width)
         self._call = call
         self._name = name
         self._where = "the canvas" if name == "latents" else "the image"
 
-    def upto(self, end: int) -> Tensor:
-        """Rows [begin, end) and perhaps more: [C, n, W]; draws bands until they are there.
+    def upto(self, end: int) -> None:
+        """Draws bands until all rows above row `end` are there.
 
         Raises:
             ValueError: a band has another width, NaN or too many rows, or the bands end too early.
         """
-        while self.end < end or self._held is None:
-            band = next(self._bands, None)
+        while self.end < end:
+            band = next(self._source, None)
             if band is None:
                 raise ValueError(
                     f"{self._call}: the {self._name} end at row {self.end}, but "
                     f"{self._where} has {self._size[0]} rows; pass all of them."
                 )
-            self._add(band)
-        return self._held
+            self._check(band)
+            self.push(band)
+            self._wide.release(band)
 
-    def forget(self, before: int) -> None:
-        """Rows above row `before` are not needed again."""
-        if self._held is not None and before > self.begin:
-            count = min(before, self.end) - self.begin
-            # A copy, or the whole band would stay in memory for its last rows.
-            self._held = self._held[:, count:].clone()
-            self.begin += count
-
-    def _add(self, band: Tensor) -> None:
+    def _check(self, band: Tensor) -> None:
         height, width = self._size
         check_shape(self._name.rstrip("s"), band, "C n W", {"W": width}, call=self._call)
         check_finite(self._name.rstrip("s"), band, call=self._call)
-        self.end += band.shape[1]
-        if self.end > height:
+        end = self.end + band.shape[1]
+        if end > height:
             raise ValueError(
-                f"{self._call}: the {self._name} have {self.end} rows or more, but {self._where} "
+                f"{self._call}: the {self._name} have {end} rows or more, but {self._where} "
                 f"has {height}; pass only those."
             )
-        self._held = band if self._held is None else torch.cat((self._held, band), dim=1)

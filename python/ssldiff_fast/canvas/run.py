@@ -19,8 +19,10 @@ from ssldiff_fast._checks import check_number
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser
 from ssldiff_fast.canvas.interrupt import Interrupted, StopRequest
 from ssldiff_fast.canvas.noise import canvas_noise, check_seed
-from ssldiff_fast.canvas.stages import Rows, Stage, StepSettings, WholeStage, WindowStage
+from ssldiff_fast.canvas.stages import Rows, Stage, StepSettings, WholeStage
 from ssldiff_fast.canvas.state import Snapshot, StateFolder, going_on
+from ssldiff_fast.canvas.wide import Memory
+from ssldiff_fast.canvas.window_stage import WindowStage
 from ssldiff_fast.diffusion.schedule import Schedule
 from ssldiff_fast.diffusion.solvers import AffineStep, get_solver
 
@@ -102,7 +104,9 @@ class Run:
         """Whether denoised canvases are kept at all."""
         return self._keeps_denoised or any(step.history for step in self.steps)
 
-    def stage(self, number: int, like: Tensor, *, in_place: bool = True) -> Stage:
+    def stage(
+        self, number: int, like: Tensor, *, in_place: bool = True, wide: Memory | None = None
+    ) -> Stage:
         """The stage of a step; `like` is a canvas [B, C, H, W], or rows of one."""
         step = self.steps[number]
         following = self.steps[number + 1] if number + 1 < len(self.steps) else None
@@ -126,7 +130,7 @@ class Run:
             after_batch=self._evaluated,
         )
         plan = self.denoiser.plan(number)
-        return WindowStage(plan, self.denoiser.evaluator, settings, in_place=in_place)
+        return WindowStage(plan, self.denoiser.evaluator, settings, in_place=in_place, wide=wide)
 
     def _given_noise(self, number: int, like: Tensor) -> Tensor | None:
         """Noise that the stage does not draw itself."""

@@ -37,7 +37,7 @@ SHARE = 0.008
 # Bytes a second that are expected of a disk before the first state was timed.
 _DISK_RATE = 100e6
 _KEPT = 2
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

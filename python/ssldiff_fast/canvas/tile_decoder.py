@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ssldiff_fast._checks import all_finite
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -70,7 +72,7 @@ class _Tiles(ABC):
             RuntimeError: a tile is NaN or infinite in float32 too.
         """
         done = self._run(self.vae, tiles)
-        if bool(torch.isfinite(done).all()):
+        if all_finite(done):
             return done
         finite = torch.isfinite(done).flatten(1).all(1)
         if self._parameter is not None and self._parameter.dtype != torch.float32:
@@ -174,7 +176,7 @@ def to_bytes(
     image: Tensor,  # [3, n, W] in [-1, 1]
 ) -> Pixels:  # [n, W, 3]
     """Eight bits a channel, cut off (not rounded) as the published code does."""
-    scaled = ((image + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0
+    scaled = (image + 1.0).div_(2.0).clamp_(0.0, 1.0).mul_(255.0)
     pixels: Pixels = scaled.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
     return pixels
 

@@ -19,6 +19,7 @@ from ssldiff_fast.canvas.run import Run, Seeds, Settings, run_recipe
 from ssldiff_fast.canvas.stages import Rows
 from ssldiff_fast.canvas.start import NoiseRows, Start
 from ssldiff_fast.canvas.state import Snapshot, StateFolder
+from ssldiff_fast.canvas.wide import Memory, Where, wide_rows
 from ssldiff_fast.diffusion.schedule import Schedule
 
 
@@ -36,6 +37,7 @@ def sample_rows(
     resume: bool | None = None,
     recipe: Mapping[str, Any] | None = None,
     durable: Callable[[], int] | None = None,
+    scratch: Where = None,
     progress: bool = False,
 ) -> Iterator[Rows]:
     """Denoise a canvas in the wavefront order and hand on its rows as they become final.
@@ -49,6 +51,9 @@ def sample_rows(
         durable: With `state`: how many rows, from the top, the consumer has made durable. Rows
             from there on are kept in the state, and handed on again when the run goes on. Without
             it all rows are kept there, so that a state grows with the image.
+        scratch: A folder for rows that wait, for canvases so wide that `steps x window height` rows
+            of them are much memory: a file without a name there, of which pieces are in memory.
+            What is handed on lies there too. On a GPU rows stay where they are.
 
     Returns:
         An iterator of `Rows`, from top to bottom without gap; of one canvas without a batch axis
@@ -71,19 +76,24 @@ def sample_rows(
                 f"{call}: the windows wrap along y, where the first rows are final only with the "
                 "last; wrap along x alone, or sample with order='plain'."
             )
-    return Wavefront(run, start, durable).rows()
+    return Wavefront(run, start, durable, wide_rows(scratch)).rows()
 
 
 class Wavefront:
     """All steps of a run at once, each a window height behind the one before."""
 
-    def __init__(self, run: Run, start: Start, durable: Callable[[], int] | None) -> None:
+    def __init__(
+        self, run: Run, start: Start, durable: Callable[[], int] | None, wide: Memory
+    ) -> None:
         self._run = run
         self._start = start
         self._durable = durable or (lambda: 0)
         self._keeps = run.settings.state is not None
         like = start.like
-        self._stages = [run.stage(n, like, in_place=False) for n in range(len(run.steps))]
+        self._wide = wide if like.device.type == "cpu" else Memory()
+        self._stages = [
+            run.stage(n, like, in_place=False, wide=self._wide) for n in range(len(run.steps))
+        ]
         self._handed: list[Rows] = []  # and not durable yet
 
     @torch.no_grad()
@@ -134,8 +144,21 @@ class Wavefront:
                 self._stages[number + 1].push(band)
             return []
         first = self._stages[0]
-        first.push(Rows(first.pushed, self._start.rows(first.pushed, first.need)))
+        first.push(Rows(first.pushed, self._drawn(first.pushed, first.need)))
         return []
+
+    def _drawn(self, begin: int, end: int) -> Tensor:
+        """Rows of the start."""
+        batch, channels, _, width = self._start.shape
+        share = self._wide.share(end - begin, 4 * batch * channels * width)
+        if share == end - begin:
+            return self._start.rows(begin, end)
+        whole = self._wide.empty(batch, channels, end - begin, width, like=self._start.like)
+        for y in range(begin, end, share):
+            part = self._start.rows(y, min(y + share, end))
+            whole[:, :, y - begin : y - begin + share] = part
+        self._wide.release(whole)
+        return whole
 
     def _snapshot(self) -> Snapshot:
         durable = self._durable()
@@ -149,7 +172,7 @@ class Wavefront:
         numbers["begin"] = None
         if self._handed:
             numbers["begin"] = self._handed[0].begin
-            tensors["handed"] = torch.cat([rows.canvas for rows in self._handed], dim=2)
+            tensors.update({f"handed.{n}": rows.canvas for n, rows in enumerate(self._handed)})
         return Snapshot(tensors, numbers)
 
     def _restore(self, found: Snapshot) -> None:
@@ -164,4 +187,7 @@ class Wavefront:
             }
             stage.restore(own, where)
         if found.numbers["begin"] is not None:
-            self._handed = [Rows(found.numbers["begin"], tensors["handed"])]
+            begin, self._handed = found.numbers["begin"], []
+            while f"handed.{len(self._handed)}" in tensors:
+                self._handed.append(Rows(begin, tensors[f"handed.{len(self._handed)}"]))
+                begin = self._handed[-1].end

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ssldiff_fast.canvas.bands import micro_batches
 from ssldiff_fast.canvas.conditioning import Cond, join_conditioning
+from ssldiff_fast.canvas.row_buffer import Bands
+from ssldiff_fast.canvas.wide import Memory
 from ssldiff_fast.ops import WindowPlan, gather_windows
 
 if TYPE_CHECKING:
@@ -38,6 +40,12 @@ class WindowRow:
     index: Tensor
     cond: Tensor
     uncond: Tensor | None
+
+    def of_columns(self, columns: range, count: int) -> slice:
+        """Which of them lie in these columns of windows, of `count`."""
+        begin = self.row * count
+        bounds = torch.tensor([begin + columns.start, begin + columns.stop])
+        return slice(*torch.searchsorted(self.index, bounds).tolist())
 
 
 class RowEvaluator:
@@ -81,46 +89,59 @@ class RowEvaluator:
 
     def row(
         self,
-        canvas: Tensor,  # [B, C, n, W] fp32, rows from `first_row` on
+        rows: Bands,  # of the canvas, [B, C, n, W] fp32
         plan: WindowPlan,
         row: int,
         time: float,
         *,
-        first_row: int,
         guided: bool,
         where: str,
         after_batch: Callable[[int], None] | None = None,
+        wide: Memory | None = None,
     ) -> WindowRow:
         """The model outputs of window row `row`.
 
         `where` names the step in messages; `after_batch` is called with the number of evaluations
-        (a guided pair is two) after every call of the network.
+        (a guided pair is two) after every call of the network; `wide` is where the outputs wait.
         """
-        batch, channels = canvas.shape[:2]
+        wide = wide or Memory()
+        canvases, channels = rows.held[0].shape[:2]
         columns = self.columns(plan, row)
         index, pair = row * len(plan.origins_x) + columns, 2 if guided else 1
-        shape = (batch * len(columns), channels, *plan.window)
-        if not len(columns):
-            empty = canvas.new_empty(batch, *shape)
+        count, of_row = canvases * len(columns), (canvases, len(columns))
+        if not count:
+            empty = rows.held[0].new_empty(*of_row, channels, *plan.window)
             return WindowRow(row, index, empty, empty if guided else None)
-        crops = gather_windows(canvas.flatten(0, 1), plan, index, first_row=first_row)
-        # Micro-batches run over the row's windows of the first canvas, then of the second.
-        crops = crops.unflatten(1, (batch, channels)).transpose(0, 1).reshape(shape)
         state = self._state(plan, row, index, guided)
-        shared = len(self.fields) == 1
-        outputs = []
-        for members in micro_batches(len(crops), self.batch_size):
-            x = _members(crops, members)
-            of_state = members % len(columns) if shared else members
-            output = self.denoiser(x, time, state, of_state)
-            _check_shape(output, (pair, *x.shape), where)
-            outputs.append(output)
-            if after_batch is not None:
-                padding = max(0, int(members[0]) + len(members) - len(crops))
-                after_batch(pair * (len(members) - padding))
-        whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        whole = whole[:, : shape[0]].unflatten(1, (batch, len(columns)))
-        return WindowRow(row, index, whole[0], whole[1] if guided else None)
+        # Micro-batches run over the row's windows of the first canvas, then of the second.
+        batches = micro_batches(count, self.batch_size)
+        of_batch = 4 * channels * plan.window[0] * plan.window[1] * len(batches[0])
+        share = wide.share(len(batches), of_batch)
+        whole: Tensor | None = None
+        for first in range(0, len(batches), share):
+            group = batches[first : first + share]
+            begin, end = int(group[0][0]), int(group[-1][-1]) + 1
+            crops = _crops(rows, plan, row, columns, begin, end)
+            for members in group:
+                x = _members(crops, members - begin)
+                of_state = members % len(columns) if len(self.fields) == 1 else members
+                output = self.denoiser(x, time, state, of_state)
+                _check_shape(output, (pair, *x.shape), where)
+                here = int(members[0])
+                there = min(here + len(members), count)
+                if len(batches) == 1 and not wide.spills:
+                    whole = output
+                elif whole is None:
+                    whole = wide.empty(pair, count, *output.shape[2:], like=output)
+                if whole is not output:
+                    whole[:, here:there] = output[:, : there - here]
+                if after_batch is not None:
+                    after_batch(pair * (there - here))
+            assert whole is not None
+            wide.release(whole)
+        assert whole is not None  # for the type checker
+        made = whole[:, :count].unflatten(1, of_row)
+        return WindowRow(row, index, made[0], made[1] if guided else None)
 
     def _state(self, plan: WindowPlan, row: int, index: Tensor, guided: bool) -> Any:
         # Prepared row by row, whatever the order of work, so that it is rounded the same in each.
@@ -143,6 +164,21 @@ def _unconditional(field: Field, cond: Cond) -> Cond:
     """What guidance goes away from: the field's `uncond`, or zeros like one window of `cond`."""
     # The null embedding is the zero vector (what the published models were trained with).
     return field.uncond if hasattr(field, "uncond") else torch.zeros_like(cond[:1])
+
+
+def _crops(
+    rows: Bands, plan: WindowPlan, row: int, columns: Tensor, begin: int, end: int
+) -> Tensor:  # [end - begin, C, h, w]
+    """Windows `begin` to `end` - 1 of a window row, counted through the canvases of a batch."""
+    y, count, crops = plan.origins_y[row], len(columns), []
+    for canvas in range(begin // count, (end - 1) // count + 1):
+        own = columns[max(0, begin - canvas * count) : end - canvas * count]
+        first, last = int(own[0]), int(own[-1]) + 1
+        left, right = plan.origins_x[first], plan.origins_x[last - 1] + plan.window[1]
+        block = rows.read(y, y + plan.window[0], range(left, right))
+        part = plan.part(range(row, row + 1), range(first, last))
+        crops.append(gather_windows(block[canvas], part, own - first))
+    return crops[0] if len(crops) == 1 else torch.cat(crops)
 
 
 def _members(crops: Tensor, members: Tensor) -> Tensor:

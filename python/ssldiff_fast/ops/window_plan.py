@@ -184,6 +184,23 @@ class WindowPlan:
             covering |= set(range(past, len(self.origins_y)))
         return sorted(covering)
 
+    def part(self, rows: range, columns: range) -> WindowPlan:
+        """The windows of some neighbouring rows and columns, on the canvas that they cover."""
+        origins_y, origins_x = (
+            tuple(origins[kept.start : kept.stop])
+            for origins, kept in zip((self.origins_y, self.origins_x), (rows, columns))
+        )
+        y, x = origins_y[0], origins_x[0]
+        return WindowPlan(
+            origins_y[-1] + self.window[0] - y,
+            origins_x[-1] + self.window[1] - x,
+            self.window,
+            tuple(origin - y for origin in origins_y),
+            tuple(origin - x for origin in origins_x),
+            self.weight_y,
+            self.weight_x,
+        )
+
     def scaled(self, factor: int, weight_y: Tensor, weight_x: Tensor) -> WindowPlan:
         """The same windows on a canvas `factor` times as large, with weights of that size."""
         return WindowPlan(

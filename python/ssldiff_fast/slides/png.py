@@ -44,6 +44,7 @@ class PngWriter(RowWriter):
         description: str | None = None,
         overwrite: bool = False,
         state: str | os.PathLike[str] | None = None,
+        more_bytes: int = 0,
     ) -> None:
         if raster.width * raster.height > MAX_PX:
             raise ValueError(
@@ -56,7 +57,7 @@ class PngWriter(RowWriter):
         saved = None if state is None else WriterState.load(state, self._settings)
         if saved is None or not saved.whole:
             needs = 0 if saved else int(BYTES_PER_PX * raster.width * raster.height)
-            check_output(path, overwrite=overwrite, needs=needs)
+            check_output(path, overwrite=overwrite, needs=needs + more_bytes)
             check_output(sidecar(self.path), overwrite=overwrite)
         self._part = part_path(self.path, kept=state is not None).with_suffix(".rows")
         self._rows = int(saved.levels[0][0]) if saved else 0

@@ -40,6 +40,7 @@ class PyramidWriter(RowWriter):
         overwrite: replace an existing output.
         threads: that encode tiles.
         state: the folder of the saved state.
+        more_bytes: that something else needs on the same disk.
 
     Raises:
         ValueError, TypeError, OSError: before anything is written.
@@ -54,6 +55,7 @@ class PyramidWriter(RowWriter):
         overwrite: bool = False,
         threads: int | None = None,
         state: str | os.PathLike[str] | None = None,
+        more_bytes: int = 0,
     ) -> None:
         if reduction not in REDUCTIONS:
             raise ValueError(
@@ -73,7 +75,7 @@ class PyramidWriter(RowWriter):
         if self._published:
             self._resume_published()
         else:
-            self._check(overwrite, saved)
+            self._check(overwrite, saved, more_bytes)
             self._begin(saved)
 
     @property
@@ -99,7 +101,7 @@ class PyramidWriter(RowWriter):
             )
         self._open = True
 
-    def _check(self, overwrite: bool, saved: WriterState | None) -> None:
+    def _check(self, overwrite: bool, saved: WriterState | None, more_bytes: int) -> None:
         if saved is None or not saved.whole:
             self._sink.check(self.path, overwrite=overwrite)
             check_output(sidecar(self.path), overwrite=overwrite)
@@ -107,12 +109,14 @@ class PyramidWriter(RowWriter):
             # Of each level two rows of tiles wait; all levels together are twice as wide as one.
             waiting = 4 * self._sink.tile * self._raster.bands * int(self._raster.width)
             needs = self._sink.bytes_needed + waiting
-            check_space(self.path, needs)
+            check_space(self.path, needs + more_bytes)
         elif not self._part.exists():
             raise FileNotFoundError(
                 f"{self._part} is gone, which the state in {self._state} goes on from: remove "
                 "that state to begin the output anew"
             )
+        else:
+            check_space(self.path, more_bytes)
 
     def _begin(self, saved: WriterState | None) -> None:
         self._cascade = Cascade(self._sink, self._reduction, self._rows_path, self._threads)

@@ -64,6 +64,7 @@ def open_writer(
     overwrite: bool = False,
     threads: int | None = None,
     state: str | os.PathLike[str] | None = None,
+    more_bytes: int = 0,
 ) -> RowWriter:
     """Opens a streaming writer; everything that can be wrong with the output is checked here.
 
@@ -90,6 +91,8 @@ def open_writer(
         overwrite: replace an existing output.
         threads: that encode; the bytes do not depend on it.
         state: the folder of the saved state; made if it is not there.
+        more_bytes: that something else needs on the same disk, beside the output and what the
+            writer keeps for a while; all are checked against the free space.
 
     Returns:
         A context manager with `write_rows(uint8 [rows, width, bands])`.
@@ -108,7 +111,14 @@ def open_writer(
     options = _Options(codec, quality, tile)
     if chosen == "png":
         _refuse_options(path, options)
-        return PngWriter(path, raster, description=description, overwrite=overwrite, state=state)
+        return PngWriter(
+            path,
+            raster,
+            description=description,
+            overwrite=overwrite,
+            state=state,
+            more_bytes=more_bytes,
+        )
     return PyramidWriter(
         path,
         _sink(chosen, raster, description, options, georeference),
@@ -116,6 +126,7 @@ def open_writer(
         overwrite=overwrite,
         threads=threads,
         state=state,
+        more_bytes=more_bytes,
     )
 
 

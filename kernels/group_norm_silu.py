@@ -415,14 +415,14 @@ def group_norm_silu_backward(
             )
 
     launch(mean, mean, True)
-    gz, normed_gz, normed = sums.sum(2)  # each [N, C]
-    ones = torch.ones_like(gz)
-    w = ones if weight is None else ones * weight
-    gain = ones if scale is None else 1 + scale.to(ones.dtype)
+    # Few small operations: on a GPU each costs the host as much as a kernel.
+    totals = sums.squeeze(2) if chunks == 1 else sums.sum(2)  # [3, N, C]
+    gz, normed_gz, normed = totals
+    gained = totals[:2] if scale is None else totals[:2] * (1 + scale.to(totals.dtype))
+    sloped = gained if weight is None else gained * weight  # [2, N, C]
     width = channels // groups
-    factor = -rstd * (0.0 if given else 1.0 / max(positions * width, 1))
-    level = factor * (gz * w * gain).unflatten(1, (groups, -1)).sum(2)
-    curve = factor * (normed_gz * w * gain).unflatten(1, (groups, -1)).sum(2)
+    factor = rstd * (0.0 if given else -1.0 / max(positions * width, 1))
+    level, curve = sloped.unflatten(2, (groups, -1)).sum(3) * factor
     launch(level, curve, False)
     if made.data_ptr() != grad_x.data_ptr():
         grad_x.copy_(made.reshape(x.shape))
@@ -430,9 +430,14 @@ def group_norm_silu_backward(
     def spread(values: Tensor) -> Tensor:  # [N, G] -> [N, C]
         return values.repeat_interleave(width, dim=1)
 
-    grad_add = gz * w * gain * spread(rstd) + spread(level) * positions + spread(curve) * normed
-    grad_scale = w * normed_gz + (0.0 if bias is None else bias.to(gz.dtype) * gz)
-    return grad_x, (gain * normed_gz).sum(0), (gain * gz).sum(0), grad_add, grad_scale, gz
+    # Of what was not given nobody asks the gradient.
+    grad_add, grad_scale = torch.zeros_like(gz), torch.zeros_like(gz)
+    if add is not None:
+        grad_add = sloped[0] * spread(rstd) + spread(level) * positions + spread(curve) * normed
+    if scale is not None:
+        grad_scale = normed_gz if weight is None else normed_gz * weight
+        grad_scale = grad_scale + (0.0 if bias is None else bias.to(gz.dtype) * gz)
+    return grad_x, gained[1].sum(0), gained[0].sum(0), grad_add, grad_scale, gz
 
 
 def _maps(x: Tensor) -> Tensor:  # [N, C, L]

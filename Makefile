@@ -29,13 +29,14 @@ SANITIZER_CXX ?= g++
 SANITIZED := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1
 
-# `make train-demo` trains the bundled demo model again on the images in DATA, in MINUTES.
+# `make train-demo` trains the bundled demo model again on the images in DATA, in MINUTES;
+# `make tune-demo` goes on with it instead, U-Net and decoder at the same time.
 DATA ?= data
 RUNS ?= runs
 DEVICE ?= cuda
 MINUTES ?= 4.3
 
-.PHONY: help demo test sanitize lint format build gpu train-demo aims clean
+.PHONY: help demo test sanitize lint format build gpu train-demo tune-demo aims clean
 .DELETE_ON_ERROR:
 
 help:
@@ -45,6 +46,7 @@ help:
 	@echo "make lint    ruff, mypy and clang-format in check mode; make format repairs"
 	@echo "make gpu     tests and timings on an NVIDIA GPU (ten minutes); VENV=none installs nothing"
 	@echo "make train-demo DATA=IMAGES train the demo model again on a GPU, in MINUTES"
+	@echo "make tune-demo DATA=IMAGES go on training the demo model on a GPU, in MINUTES"
 	@echo "make aims    what was aimed at and measured, the unmet first"
 	@echo "make build   compile the operators into this checkout"
 	@echo "make clean   remove what was built, the environment included"
@@ -75,6 +77,18 @@ gpu: $(STAMPS)/test
 train-demo: $(STAMPS)/test
 	$(RUN) -m ssldiff_fast train all --data "$(DATA)" -o "$(RUNS)" --device $(DEVICE) \
 	  --minutes $(MINUTES) --card python/ssldiff_fast/data/he-demo/README.md
+
+# Both runs wait for the host more than for the GPU, so they share it. Where one fails, the model is
+# made of the other's part and the start's.
+tune-demo: $(STAMPS)/test
+	$(RUN) -m ssldiff_fast train ldm --start he-demo --recipe he-demo-ldm-more --data "$(DATA)" \
+	  -o "$(RUNS)/ldm" --device $(DEVICE) --minutes $(MINUTES) & ldm=$$!; \
+	$(RUN) -m ssldiff_fast train vae --start he-demo --recipe he-demo-decoder-more --data "$(DATA)" \
+	  -o "$(RUNS)/decoder" --device $(DEVICE) --minutes $(MINUTES) & vae=$$!; \
+	runs=; wait $$ldm && runs="--ldm $(RUNS)/ldm"; wait $$vae && runs="$$runs --vae $(RUNS)/decoder"; \
+	test -n "$$runs" && $(RUN) -m ssldiff_fast train export --start he-demo $$runs \
+	  -o "$(RUNS)/model" --card python/ssldiff_fast/data/he-demo/README.md
+	$(RUN) -m ssldiff_fast train look --model "$(RUNS)/model" --data "$(DATA)" -o "$(RUNS)"
 
 aims:
 	@$(PYTHON) benchmarks/aims.py

@@ -32,6 +32,8 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
         ("he-demo-vae", VAERecipe),
         ("he-demo-encoder", EncoderRecipe),
         ("he-demo-ldm", LDMRecipe),
+        ("he-demo-decoder-more", VAERecipe),
+        ("he-demo-ldm-more", LDMRecipe),
     ],
 )
 def test_bundled_recipes_are_found_by_name_and_are_valid(name: str, kind: Any) -> None:

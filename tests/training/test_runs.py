@@ -273,8 +273,8 @@ class AsideTask(LineTask):
 def test_the_averages_that_are_best_on_what_was_set_aside_are_kept(tmp_path: Path) -> None:
     task = AsideTask(steps=8, evaluations=4, ema_decay=0.5)
     train(tmp_path, task)
-    assert len(task.evaluated) == 4
-    best = task.evaluated[1]
+    assert len(task.evaluated) == 5  # before the first step, and four times
+    best = task.evaluated[2]
     saved = averaged_weights(tmp_path)
     for name, value in best.items():
         assert torch.equal(saved[name], value)
@@ -285,7 +285,22 @@ def test_the_averages_that_are_best_on_what_was_set_aside_are_kept(tmp_path: Pat
     assert not torch.equal(best["layer.weight"], task.seen[3]["layer.weight"])
     lines = (tmp_path / "metrics.csv").read_text().splitlines()
     assert "held_out_loss" in lines[0]
-    assert len(lines) == 5
+    assert len(lines) == 6
+
+
+class WorseningTask(LineTask):
+    """Is best before its first step."""
+
+    def held_out(self) -> dict[str, Tensor]:
+        return {"held_out_loss": torch.tensor(self.done)}
+
+
+def test_a_run_that_makes_its_start_worse_keeps_the_start(tmp_path: Path) -> None:
+    task = WorseningTask(evaluations=3)
+    start = {name: value.clone() for name, value in task.state_dict().items()}
+    train(tmp_path, task)
+    for name, value in averaged_weights(tmp_path).items():
+        assert torch.equal(value, start[name])
 
 
 def test_training_goes_on_from_its_own_weights_after_an_evaluation(tmp_path: Path) -> None:

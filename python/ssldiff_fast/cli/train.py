@@ -28,6 +28,10 @@ def command() -> None:
       ssldiff train export -o my-model --ldm runs/ldm --vae runs/vae --encoder runs/encoder
     Or all of it at once:
       ssldiff train all --data IMAGES -o runs --minutes 30 --device cuda
+    Or go on with a model, whose latents and embeddings stay as they are:
+      ssldiff train ldm --data IMAGES -o runs/ldm --start he-demo --recipe he-demo-ldm-more
+      ssldiff train vae --data IMAGES -o runs/decoder --start he-demo --recipe he-demo-decoder-more
+      ssldiff train export -o my-model --start he-demo --ldm runs/ldm --vae runs/decoder
 
     Needs: pip install 'ssldiff_fast[train]'
     """
@@ -80,7 +84,9 @@ def _part_options(function: Callable[..., None]) -> Callable[..., None]:
             help=f"Recipe of the {words} [default: the one recorded in its folder].",
         )(function)
         function = click.option(
-            f"--{part}", type=_FOLDER, required=True, help=f"Folder of `train {part}`."
+            f"--{part}",
+            type=_FOLDER,
+            help=f"Folder of `train {part}`; required without --start.",
         )(function)
     return function
 
@@ -110,8 +116,16 @@ def _recipe_of(folder: Path, given: str | None, part: str) -> str | Path:
 
 
 def _parts(
-    vae: Path, vae_recipe: str | None, encoder: Path, encoder_recipe: str | None
+    vae: Path | None, vae_recipe: str | None, encoder: Path | None, encoder_recipe: str | None
 ) -> dict[str, Any]:
+    for part, folder in (("vae", vae), ("encoder", encoder)):
+        if folder is None:
+            raise click.UsageError(
+                f"Missing option '--{part}': name the folder of `train {part}`, or a whole model "
+                "to start from with --start."
+            )
+    assert vae is not None
+    assert encoder is not None
     return {
         "vae_folder": vae,
         "vae_recipe": _recipe_of(vae, vae_recipe, "vae"),
@@ -124,8 +138,8 @@ def _parts(
 @_run_options("he-demo-vae")
 @click.option(
     "--start",
-    type=_FOLDER,
-    help="Folder of another run whose weights this one starts from (decoder_only needs one).",
+    help="What this run starts from: folder of another run, or a model, bundled or a folder or "
+    "file (decoder_only needs one).",
 )
 def train_vae(
     recipe: str,
@@ -134,7 +148,7 @@ def train_vae(
     resume: bool,
     device: str,
     minutes: float | None,
-    start: Path | None,
+    start: str | None,
 ) -> None:
     """Train a VQ autoencoder, the first stage."""
     from ssldiff_fast.training.vae import train_vae
@@ -175,6 +189,10 @@ def train_encoder(
 
 @command.command(name="ldm")
 @_run_options("he-demo-ldm")
+@click.option(
+    "--start",
+    help="A model to go on with, bundled or a folder or file: all parts are its own.",
+)
 @_part_options
 def train_ldm(
     recipe: str,
@@ -183,25 +201,34 @@ def train_ldm(
     resume: bool,
     device: str,
     minutes: float | None,
-    vae: Path,
+    start: str | None,
+    vae: Path | None,
     vae_recipe: str | None,
-    encoder: Path,
+    encoder: Path | None,
     encoder_recipe: str | None,
 ) -> None:
-    """Train a diffusion model on a trained autoencoder and encoder."""
+    """Train a diffusion model on a trained autoencoder and encoder, or go on with a model."""
     from ssldiff_fast.training.ldm import train_ldm
 
-    parts = _parts(vae, vae_recipe, encoder, encoder_recipe)
+    parts: dict[str, Any]
+    if start is None:
+        parts = _parts(vae, vae_recipe, encoder, encoder_recipe)
+        told = f"--ldm {output} --vae {vae} --encoder {encoder}"
+    else:
+        parts = {"start": start, "vae_folder": vae, "encoder_folder": encoder}
+        told = f"--start {start} --ldm {output}"
     with _training(output):
         train_ldm(recipe, data, output, **parts, resume=resume, device=device, minutes=minutes)
     click.echo(f"{output}: trained.")
-    click.echo(
-        f"next: ssldiff train export -o MODEL_FOLDER --ldm {output} --vae {vae} --encoder {encoder}"
-    )
+    click.echo(f"next: ssldiff train export -o MODEL_FOLDER {told}")
 
 
 @command.command(name="export")
-@click.option("--ldm", type=_FOLDER, required=True, help="Folder of `train ldm`.")
+@click.option("--ldm", type=_FOLDER, help="Folder of `train ldm`; required without --start.")
+@click.option(
+    "--start",
+    help="The model that the runs were started from: it gives all that they do not.",
+)
 @click.option(
     "--recipe",
     help="Recipe of the diffusion model [default: the one recorded in its folder].",
@@ -217,32 +244,66 @@ def train_ldm(
 @click.option("-o", "--output", type=_FOLDER, required=True, help="The model's folder.")
 @click.option("--overwrite", is_flag=True, help="Replace a model that is there.")
 def export(
-    ldm: Path,
+    ldm: Path | None,
+    start: str | None,
     recipe: str | None,
-    vae: Path,
+    vae: Path | None,
     vae_recipe: str | None,
-    encoder: Path,
+    encoder: Path | None,
     encoder_recipe: str | None,
     card: Path | None,
     dtype: str,
     output: Path,
     overwrite: bool,
 ) -> None:
-    """Make one model folder of the three runs, also while they go on.
+    """Make one model folder of the three runs, or of a model and runs that started from it, also
+    while they go on.
 
     It holds config.json and model.safetensors with the averaged weights, and loads with
     ssldiff_fast.load(FOLDER) and --model FOLDER.
     """
-    from ssldiff_fast.training.ldm import load_ldm
+    from ssldiff_fast.training.ldm import load_ldm, load_tuned
 
     text = None if card is None else card.read_text(encoding="utf-8")
-    model = load_ldm(
-        _recipe_of(ldm, recipe, "ldm"), ldm, **_parts(vae, vae_recipe, encoder, encoder_recipe)
-    )
+    if start is not None:
+        if encoder is not None or recipe or vae_recipe or encoder_recipe:
+            raise click.UsageError(
+                "with --start the encoder is the model's and recipes are those recorded in the "
+                "runs' folders: leave out --encoder and the recipes"
+            )
+        model = load_tuned(start, ldm_folder=ldm, vae_folder=vae)
+    else:
+        if ldm is None:
+            raise click.UsageError("Missing option '--ldm': name the folder of `train ldm`.")
+        parts = _parts(vae, vae_recipe, encoder, encoder_recipe)
+        model = load_ldm(_recipe_of(ldm, recipe, "ldm"), ldm, **parts)
     model.save_pretrained(output, dtype=dtype, card=text, overwrite=overwrite)
     size = (output / "model.safetensors").stat().st_size
     click.echo(f"{output}: model '{model.name}', {size / 2**20:.1f} MB of weights.")
     click.echo(f"next: ssldiff demo --model {output}")
+
+
+@command.command(name="look")
+@click.option("--model", required=True, help="A bundled model, or a folder or file.")
+@click.option("--data", type=_FOLDER, required=True, help="Folder of the images.")
+@click.option(
+    "--images",
+    default="he-demo",
+    show_default=True,
+    help="Recipe of the images, which says what is set aside.",
+)
+@click.option("-o", "--output", type=_FOLDER, required=True, help="Gets look.png and look.json.")
+@click.option("--device", default="cpu", show_default=True)
+def look(model: str, data: Path, images: str, output: Path, device: str) -> None:
+    """Measure a model on images that were set aside, and show some of them.
+
+    look.png has them beside what the model makes of their embeddings; look.json has figures.
+    """
+    from ssldiff_fast.training.recipe import DataRecipe, read_recipe
+    from ssldiff_fast.training.whole import look_at
+
+    found = look_at(model, read_recipe(images, DataRecipe), data, output, device=device)
+    click.echo(f"{output / 'look.png'}: {found}")
 
 
 @command.command(name="all")

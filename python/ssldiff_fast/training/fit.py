@@ -213,8 +213,8 @@ class Clock(Callback):
 
 
 class HeldOut(Callback):
-    """Evaluates the averaged weights on what was set aside, evenly over the run, and has the best
-    kept."""
+    """Evaluates the averaged weights on what was set aside, before the first step and evenly over
+    the run, and has the best kept: a run that starts from a model never ends with a worse one."""
 
     def __init__(self, average: MovingAverage, evaluations: int) -> None:
         self.average, self.evaluations = average, evaluations
@@ -222,6 +222,8 @@ class HeldOut(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Task)
         self.last = math.floor(pl_module.done * self.evaluations)
+        if self.evaluations and trainer.global_step == 0:
+            self._evaluate(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Task)
@@ -229,6 +231,9 @@ class HeldOut(Callback):
         if due <= self.last:
             return
         self.last = due
+        self._evaluate(trainer, pl_module)
+
+    def _evaluate(self, trainer: L.Trainer, pl_module: Task) -> None:
         with self.average.applied(), trainer.precision_plugin.val_step_context():
             figures = {name: float(v) for name, v in pl_module.held_out().items()}
         if not figures:
@@ -330,7 +335,8 @@ def run(
         if minutes is not None and since is not None:
             minutes = max(minutes - (time.perf_counter() - since) / 60, _LEAST_MINUTES)
         watch = [Clock(minutes), HeldOut(average, fit.evaluations)]
-        trainer = _trainer(fit, folder, device, [average, *watch, *bar, *(callbacks or [])])
+        used = [average, *watch, *bar, *(callbacks or [])]
+        trainer = _trainer(fit, folder, device, used, limited=minutes is not None)
         loader = (
             batches
             if isinstance(batches, DataLoader)
@@ -345,7 +351,9 @@ def run(
     return average
 
 
-def _trainer(fit: FitRecipe, folder: Path, device: str, callbacks: list[Callback]) -> L.Trainer:
+def _trainer(
+    fit: FitRecipe, folder: Path, device: str, callbacks: list[Callback], *, limited: bool
+) -> L.Trainer:
     target = parse_device(device, call="train")
     if target.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -366,7 +374,9 @@ def _trainer(fit: FitRecipe, folder: Path, device: str, callbacks: list[Callback
         callbacks=[*callbacks, saver],
         logger=CSVLogger(folder, name="", version=""),
         log_every_n_steps=_LOG_EVERY,
-        benchmark=target.type == "cuda",  # all batches have one shape
+        # All batches have one shape; where time is short, trying out every convolution costs more
+        # of it than the best one saves.
+        benchmark=target.type == "cuda" and not limited,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,

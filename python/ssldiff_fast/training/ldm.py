@@ -22,9 +22,20 @@ from ssldiff_fast.slides.output import atomic_bytes
 from ssldiff_fast.training.data import PatchPool
 from ssldiff_fast.training.encoder import load_encoder
 from ssldiff_fast.training.fit import Task, run
-from ssldiff_fast.training.folder import averaged_weights, load_part, prepare_folder
+from ssldiff_fast.training.folder import (
+    averaged_weights,
+    load_part,
+    prepare_folder,
+    recorded_recipe,
+)
 from ssldiff_fast.training.latents import LatentBatches, prepare_latents, sample_latents
-from ssldiff_fast.training.recipe import LDMRecipe, read_recipe, read_run
+from ssldiff_fast.training.recipe import LDMRecipe, check_whole, read_recipe, read_run
+from ssldiff_fast.training.start import (
+    check_same_latents,
+    check_trained_on,
+    ldm_recipe_like,
+    load_start,
+)
 from ssldiff_fast.training.vae import load_vae, load_vae_statistics
 
 _SCALE = "scale_factor.txt"
@@ -38,6 +49,10 @@ def build_model(recipe: LDMRecipe, vae: Autoencoder, encoder: Encoder) -> Latent
     Raises:
         ValueError: the recipe describes no U-Net, or one that does not fit the other parts.
     """
+    check_whole(recipe, "window", "schedule", "unet")
+    assert recipe.unet is not None
+    assert recipe.schedule is not None
+    assert recipe.window is not None
     _check_window(recipe, vae, encoder)
     try:
         unet = UNet(**recipe.unet)
@@ -48,7 +63,7 @@ def build_model(recipe: LDMRecipe, vae: Autoencoder, encoder: Encoder) -> Latent
         vae,
         PatchConditioner(encoder.spec.width, recipe.unet["context_dim"]),
         schedule=Schedule.from_config(recipe.schedule),
-        prediction=recipe.prediction,
+        prediction=recipe.prediction or "v",
         window=recipe.window,
         name=recipe.name,
         encoder_spec=encoder.spec,
@@ -70,6 +85,7 @@ class LDMTask(Task):
         self.unet, self.conditioner = model.unet, model.conditioner
         self.unet.to(memory_format=torch.channels_last)
         self.schedule, self.scale_factor = model.schedule, model.scale_factor
+        self.prediction = model.prediction
         # sqrt(abar) and sqrt(1 - abar) of each timestep, where the steps need them.
         abar = self.schedule.alphas_cumprod
         self.register_buffer("signal", abar.sqrt().float(), persistent=False)
@@ -91,7 +107,7 @@ class LDMTask(Task):
         signal, sigma = self.signal[t].view(-1, 1, 1, 1), self.sigma[t].view(-1, 1, 1, 1)
         context = self.conditioner(embeddings)
         output = self.unet(signal * x0 + sigma * noise, t, context).float()
-        target = {"eps": noise, "x0": x0}.get(self.recipe.prediction)
+        target = {"eps": noise, "x0": x0}.get(self.prediction)
         if target is None:
             target = signal * noise - sigma * x0
         return F.mse_loss(output, target)
@@ -117,22 +133,25 @@ def train_ldm(
     data: Path,
     folder: Path,
     *,
-    vae_recipe: str | Path,
-    vae_folder: Path,
-    encoder_recipe: str | Path,
-    encoder_folder: Path,
+    start: str | Path | None = None,
+    vae_recipe: str | Path = "he-demo-vae",
+    vae_folder: Path | None = None,
+    encoder_recipe: str | Path = "he-demo-encoder",
+    encoder_folder: Path | None = None,
     resume: bool = False,
     device: str = "cpu",
     progress: bool = True,
     minutes: float | None = None,
     pool: PatchPool | None = None,
 ) -> LatentDiffusion:
-    """Train the diffusion model on a trained autoencoder and encoder.
+    """Train the diffusion model on a trained autoencoder and encoder, or go on with a whole model.
 
     Args:
         recipe_name: a recipe file, or the name of a bundled one.
         data: the folder that the recipe's image paths are relative to.
         folder: gets the prepared latents, checkpoints and metrics.
+        start: a whole model to start from, as `load` takes it: all parts are its own, and the two
+            other runs are not needed.
         vae_recipe, vae_folder: what `train vae` was called with.
         encoder_recipe, encoder_folder: what `train encoder` was called with.
         resume: go on from the folder's last checkpoint.
@@ -154,10 +173,28 @@ def train_ldm(
     """
     since = time.perf_counter()
     recipe, images = read_run(recipe_name, LDMRecipe)
-    vae, encoder = load_vae(vae_recipe, vae_folder), load_encoder(encoder_recipe, encoder_folder)
     L.seed_everything(recipe.fit.seed, verbose=False)
-    model = build_model(recipe, vae, encoder)
-    model.set_statistics(load_vae_statistics(vae_recipe, vae_folder))
+    if start is not None:
+        if vae_folder is not None or encoder_folder is not None:
+            raise ValueError(
+                f"train ldm: both a model to start from ({start}) and runs of its parts are given; "
+                "leave out --vae and --encoder, whose parts the model has"
+            )
+        model = load_start(start)
+        recipe = ldm_recipe_like(recipe, model, start)
+        model.name = recipe.name
+        vae, encoder = model.vae, model.encoder
+        _check_window(recipe, vae, encoder)
+    else:
+        if vae_folder is None or encoder_folder is None:
+            raise ValueError(
+                "train ldm: name the folders of `train vae` and `train encoder` with --vae and "
+                "--encoder, or a whole model with --start"
+            )
+        vae = load_vae(vae_recipe, vae_folder)
+        encoder = load_encoder(encoder_recipe, encoder_folder)
+        model = build_model(recipe, vae, encoder)
+        model.set_statistics(load_vae_statistics(vae_recipe, vae_folder))
     pool = pool or PatchPool(images, data)
     done = prepare_folder(folder, recipe, images, resume=resume)
     cache = prepare_latents(
@@ -170,7 +207,10 @@ def train_ldm(
         device=device,
         progress=progress,
     )
-    model.scale_factor = _scale_factor(folder, cache.latents)
+    if start is None:
+        model.scale_factor = _scale_factor(folder, cache.latents)
+    else:
+        atomic_bytes(folder / _SCALE, repr(model.scale_factor).encode())
     batches = LatentBatches(
         cache, batch_size=recipe.fit.batch_size, seed=recipe.fit.seed, start=done, device=device
     )
@@ -218,6 +258,48 @@ def load_ldm(
         load_part(getattr(model, part), weights, f"{part}.", folder)
     model.scale_factor = _read_scale_factor(folder)
     return model.eval()
+
+
+def load_tuned(
+    start: str | Path, *, ldm_folder: Path | None = None, vae_folder: Path | None = None
+) -> LatentDiffusion:
+    """A model with what runs that started from it have made better, also while they go on.
+
+    Args:
+        start: the model that the runs were started from.
+        ldm_folder: U-Net, conditioner and name are taken from there; the model's own without it.
+        vae_folder: the same of the decoder and its statistics; encoder and codes are equal.
+
+    Raises:
+        FileNotFoundError: no such model or run, or nothing saved yet.
+        ValueError: a run started from another model, or its checkpoint is damaged.
+    """
+    model = load_start(start)
+    model.source = None  # it is no longer that file
+    if ldm_folder is not None:
+        recipe = read_recipe(_recorded(ldm_folder, "ldm"), LDMRecipe)
+        ldm_recipe_like(recipe, model, start)
+        check_trained_on(ldm_folder, model)
+        weights = averaged_weights(ldm_folder)
+        for part in ("unet", "conditioner"):
+            load_part(getattr(model, part), weights, f"{part}.", ldm_folder)
+        model.name = recipe.name
+    if vae_folder is not None:
+        recorded = _recorded(vae_folder, "vae")
+        vae = load_vae(recorded, vae_folder)
+        check_same_latents(vae, model, vae_folder)
+        model.vae = vae
+        model.set_statistics(load_vae_statistics(recorded, vae_folder))
+    return model.eval()
+
+
+def _recorded(folder: Path, kind: str) -> Path:
+    path = recorded_recipe(folder)
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder} records no recipe; name the folder of a run of `train {kind}`"
+        )
+    return path
 
 
 def _scale_factor(folder: Path, latents: Any) -> float:

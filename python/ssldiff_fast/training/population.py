@@ -8,7 +8,7 @@ one that was trained with both kinds gives the same pixels either way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +64,16 @@ class PopulationStatistics(nn.Module):
         return {
             name: GroupNormStatistics.from_variance(mean, variance) for name, mean, variance in rows
         }
+
+    @torch.no_grad()
+    def take(self, statistics: Mapping[str, GroupNormStatistics]) -> None:
+        """Go on from statistics measured before; where some are missing, from none."""
+        if not set(self.names) <= set(statistics):
+            return
+        given = [statistics[name] for name in self.names]
+        self.mean.copy_(torch.cat([part.mean for part in given]))
+        self.variance.copy_(torch.cat([part.variance for part in given]))
+        self.updates.fill_(1 / (1 - _DECAY))  # as many as the average remembers
 
     @contextmanager
     def watch(self) -> Iterator[None]:

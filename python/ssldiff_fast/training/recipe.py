@@ -67,11 +67,12 @@ class RunRecipe(_Strict):
 
 
 class VAERecipe(RunRecipe):
-    """`ssldiff train vae`: a VQ autoencoder."""
+    """`ssldiff train vae`: a VQ autoencoder. What describes it may be left out of a run that starts
+    from another one."""
 
-    ddconfig: dict[str, Any]
-    n_embed: int = Field(gt=1)
-    embed_dim: int = Field(gt=0)
+    ddconfig: dict[str, Any] | None = None
+    n_embed: int | None = Field(None, gt=1)
+    embed_dim: int | None = Field(None, gt=0)
     crop_px: int = Field(96, gt=0)
     unquantised_steps: int = Field(ge=0)
     latent_noise: float = Field(0.0, ge=0)
@@ -102,22 +103,33 @@ class EncoderRecipe(RunRecipe):
 
 
 class LDMRecipe(RunRecipe):
-    """`ssldiff train ldm`: the U-Net and its conditioner on latents prepared beforehand."""
+    """`ssldiff train ldm`: the U-Net and its conditioner on latents prepared beforehand. What
+    describes them may be left out of a run that starts from a model."""
 
     name: str
-    unet: dict[str, Any]
-    schedule: dict[str, Any]
-    prediction: Literal["eps", "v", "x0"] = "v"
-    window: tuple[int, int]
+    unet: dict[str, Any] | None = None
+    schedule: dict[str, Any] | None = None
+    prediction: Literal["eps", "v", "x0"] | None = None  # "v" without a model to start from
+    window: tuple[int, int] | None = None
     patches: int = Field(gt=0)
     drop_condition: float = Field(0.1, ge=0, lt=1)
 
     @field_validator("unet")
     @classmethod
-    def _conditioned(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if not isinstance(value.get("context_dim"), int):
+    def _conditioned(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and not isinstance(value.get("context_dim"), int):
             raise ValueError("context_dim is missing: the width of the conditioner's tokens")
         return value
+
+
+def check_whole(recipe: RunRecipe, *names: str) -> None:
+    """Raise ValueError where an entry is left out and there is no model that would give it."""
+    for name in names:
+        if getattr(recipe, name) is None:
+            raise ValueError(
+                f"the recipe has no {name}, which only a run that starts from a model may leave "
+                f"out; add {name}, or name the model with --start"
+            )
 
 
 Recipe = TypeVar("Recipe", bound=_Strict)

@@ -27,14 +27,21 @@ from ssldiff_fast.ops import GroupNormStatistics
 from ssldiff_fast.ops.vq_nearest import vq_nearest
 from ssldiff_fast.training.data import PatchBatches, PatchPool
 from ssldiff_fast.training.fit import MovingAverage, Task, run
-from ssldiff_fast.training.folder import averaged_weights, load_part, prepare_folder
+from ssldiff_fast.training.folder import (
+    averaged_weights,
+    load_part,
+    prepare_folder,
+    recorded_recipe,
+)
 from ssldiff_fast.training.population import PopulationStatistics
-from ssldiff_fast.training.recipe import VAERecipe, read_recipe, read_run
+from ssldiff_fast.training.recipe import VAERecipe, check_whole, read_recipe, read_run
+from ssldiff_fast.training.start import is_run, load_start_vae, vae_recipe_like
 
 _KMEANS_STEPS = 10
 _LATENTS_PER_CODE = 32  # latents gathered per code before the codebook is made
 _LATENTS_PER_STEP = 4096
 _ASIDE = 96  # patches of what was set aside that are evaluated
+_MEASURED = 128  # patches whose statistics a model without any begins with
 _CHUNK = 16
 
 
@@ -73,6 +80,10 @@ def build_vae(recipe: VAERecipe) -> VQModel:
     Raises:
         ValueError: the recipe's `ddconfig` describes none.
     """
+    check_whole(recipe, "ddconfig", "n_embed", "embed_dim")
+    assert recipe.ddconfig is not None
+    assert recipe.n_embed is not None
+    assert recipe.embed_dim is not None
     try:
         return VQModel(ddconfig=recipe.ddconfig, n_embed=recipe.n_embed, embed_dim=recipe.embed_dim)
     except TypeError as error:
@@ -90,7 +101,7 @@ class VAETask(Task):
         self.recipe = recipe
         self.model = build_vae(recipe)
         self.population = PopulationStatistics(self.model) if recipe.fixed_share else None
-        self.quantised = False
+        self.quantised = recipe.unquantised_steps == 0
         self.aside: Tensor | None = None  # [N, 3, S, S]
         self._recent: list[Tensor] = []
         if recipe.decoder_only:
@@ -165,7 +176,8 @@ class VAETask(Task):
         """Noise on the latent, whose scale is pulled towards one so that noise means something."""
         rows = _rows(z)
         self._recent.append(rows[:: max(1, len(rows) // _LATENTS_PER_STEP)][:_LATENTS_PER_STEP])
-        del self._recent[: -max(1, self.recipe.n_embed * _LATENTS_PER_CODE // _LATENTS_PER_STEP)]
+        gathered = self.model.quantize.embedding.num_embeddings * _LATENTS_PER_CODE
+        del self._recent[: -max(1, gathered // _LATENTS_PER_STEP)]
         scale = (z.pow(2).mean() - 1).pow(2)
         return z + self.recipe.latent_noise * torch.randn_like(z), 0.01 * scale
 
@@ -184,7 +196,7 @@ class VAETask(Task):
         return quantised, loss
 
     def _start_codebook(self, latents: Tensor) -> None:
-        codes = codes_from_latents(latents, self.recipe.n_embed)
+        codes = codes_from_latents(latents, self.model.quantize.embedding.num_embeddings)
         self._recent.clear()
         with torch.no_grad():
             self.model.quantize.embedding.weight.copy_(codes)
@@ -215,7 +227,7 @@ def train_vae(
     data: Path,
     folder: Path,
     *,
-    start: Path | None = None,
+    start: str | Path | None = None,
     resume: bool = False,
     device: str = "cpu",
     progress: bool = True,
@@ -228,8 +240,9 @@ def train_vae(
         recipe_name: a recipe file, or the name of a bundled one.
         data: the folder that the recipe's image paths are relative to.
         folder: gets checkpoints, metrics and the recipe.
-        start: folder of another run whose averaged weights this one starts from. With a recipe
-            that is `decoder_only`, models trained on that run's latents stay good.
+        start: what this run starts from: folder of another run, whose averaged weights are taken,
+            or the name of a bundled model, or a folder or file that `load` takes. With a recipe
+            that is `decoder_only`, models trained on its latents stay good.
         resume: go on from the folder's last checkpoint.
         device: "cpu", "cuda" or the like.
         progress: whether to show a progress bar.
@@ -250,17 +263,17 @@ def train_vae(
         raise ValueError(
             f"the recipe trains the decoder only, with unquantised_steps of "
             f"{recipe.unquantised_steps} and starting from {start}; set unquantised_steps to 0 and "
-            "name the folder of a trained autoencoder with --start"
+            "name a model, or the folder of a trained autoencoder, with --start"
         )
     L.seed_everything(recipe.fit.seed, verbose=False)
-    task = VAETask(recipe)
-    if start is not None:
-        load_part(task.model, averaged_weights(start), "model.", start)
+    task = VAETask(recipe) if start is None else _start_task(recipe, start)
     task.model.to(memory_format=_layout(torch.empty(0, device=device)))
     _check_crop(recipe, task.model)
     pool = pool or PatchPool(images, data)
     pool.check_size(recipe.crop_px)
-    done = prepare_folder(folder, recipe, images, resume=resume)
+    done = prepare_folder(folder, task.recipe, images, resume=resume)
+    if start is not None and task.population is not None and not task.population.updates:
+        _measure(task, pool, device)
     batches = PatchBatches(
         pool,
         size=recipe.crop_px,
@@ -283,6 +296,47 @@ def train_vae(
         since=since,
     )
     return task.model.cpu().eval()
+
+
+def _start_task(recipe: VAERecipe, start: str | Path) -> VAETask:
+    """A task with the weights, and the statistics where there are some, of a run or a model."""
+    if is_run(start):
+        folder = Path(start)
+        recorded = recorded_recipe(folder)
+        if recorded is not None:
+            before = load_vae(recorded, folder)
+            recipe = vae_recipe_like(recipe, before, start)
+        task = VAETask(recipe)
+        load_part(task.model, averaged_weights(folder), "model.", folder)
+        if task.population is not None and recorded is not None:
+            task.population.take(load_vae_statistics(recorded, folder))
+        return task
+    if isinstance(start, Path) and start.is_dir() and recorded_recipe(start):
+        averaged_weights(start)  # a run that has saved nothing yet, which this says
+    model = load_start_vae(start)
+    assert isinstance(model.vae, VQModel)
+    task = VAETask(vae_recipe_like(recipe, model.vae, start))
+    task.model.load_state_dict(model.vae.state_dict())
+    if task.population is not None:
+        task.population.take(model.statistics)
+    return task
+
+
+@torch.no_grad()
+def _measure(task: VAETask, pool: PatchPool, device: str) -> None:
+    """The statistics that a model without any begins with, so that its first evaluation is fair."""
+    assert task.population is not None
+    size, seed = task.recipe.crop_px, task.recipe.fit.seed
+    task.to(device)
+    kind = torch.device(device).type
+    half = task.recipe.fit.precision == "bf16-mixed"
+    with torch.autocast(kind, torch.bfloat16, enabled=half):
+        for x in pool.sample(_MEASURED, size, seed=seed, device=device).split(_CHUNK):
+            latent, _ = task.model.quantize(
+                task.model.encode(x.contiguous(memory_format=_layout(x))).float()
+            )
+            with task.population.watch():
+                task.model.decode(latent, quantize=False)
 
 
 def load_vae(recipe_name: str | Path, folder: Path) -> VQModel:

@@ -138,19 +138,19 @@ class Look:
 
 @torch.no_grad()
 def look_at(
-    folder: Path, images: DataRecipe, data: Path, output: Path, *, device: str = "cpu"
+    name: str | Path, images: DataRecipe, data: Path, output: Path, *, device: str = "cpu"
 ) -> Look:
     """Measure a model on patches set aside, and show a few: `look.png` has columns of a patch, the
     same decoded, decoded with fixed statistics, and an image made from its embedding (preset
     `fast`); `look.json` has the figures.
 
     Args:
-        folder: the model.
+        name: the model, as `load` takes it.
         images, data: recipe and folder of the images.
         output: folder for the two files.
         device: where to compute.
     """
-    model = load(folder, device=device)
+    model = load(name, device=device)
     side = model.encoder.spec.patch_px
     pool = PatchPool(images, data, split="holdout")
     real = pool.sample(_MEASURED, side, seed=0, device=device)

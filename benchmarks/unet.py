@@ -26,8 +26,9 @@ from published_unet import published_unet
 from report import aim, save
 from sampler import matrix_rate, random_model
 from ssldiff_fast.models import UNet, products
-from ssldiff_fast.models.attention import CrossAttention, FeedForward
+from ssldiff_fast.models.attention import CrossAttention
 from ssldiff_fast.models.execution import network_for
+from ssldiff_fast.models.feed_forward import FeedForward
 from ssldiff_fast.models.fused_unet import without_tf32
 from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.winograd import Conv3x3

@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(ssldiff, m) {
   m.def("group_norm_statistics(Tensor x, int groups) -> (Tensor, Tensor)");
   m.def("interpolate_grid(Tensor grid, Tensor points, Tensor? valid, str mode) -> Tensor");
   m.def("halve(Tensor pixels, float[] weights) -> Tensor");
+  m.def(
+      "feed_forward(Tensor x, Tensor inward, Tensor bias, Tensor outward, Tensor outward_bias, "
+      "Tensor? add) -> Tensor");
   m.def("geglu(Tensor projected) -> Tensor");
   m.def("philox_normal(Tensor(a!) out, int seed, int first_row, int step) -> ()");
   m.def("philox4x32(Tensor counters, int seed) -> Tensor");

@@ -8,6 +8,7 @@ every torch from 2.10 on; this module is the thin Python face that an extension 
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 from pathlib import Path
 
@@ -58,9 +59,23 @@ def build_info() -> dict[str, str]:
     require("build_info")
     library = ctypes.CDLL(str(library_path("cpu")))
     library.ssldiff_build_info.restype = ctypes.c_char_p
-    library.ssldiff_cpu_path.restype = ctypes.c_char_p
     info: dict[str, str] = json.loads(library.ssldiff_build_info().decode())
-    return {**info, "cpu_path": library.ssldiff_cpu_path().decode()}
+    return {**info, "cpu_path": cpu_path()}
+
+
+@functools.cache
+def cpu_path() -> str:
+    """The instruction set chosen at run time: "portable", "avx2" or "avx512"."""
+    require("cpu_path")
+    library = ctypes.CDLL(str(library_path("cpu")))
+    library.ssldiff_cpu_path.restype = ctypes.c_char_p
+    path: str = library.ssldiff_cpu_path().decode()
+    return path
+
+
+def has_vectors() -> bool:
+    """Whether the operators are there, with the fused multiply-adds that products live on."""
+    return CPU_PROBLEM is None and cpu_path() != "portable"
 
 
 def set_cpu_path(name: str) -> None:
@@ -74,3 +89,4 @@ def set_cpu_path(name: str) -> None:
     library.ssldiff_set_cpu_path.argtypes = [ctypes.c_char_p]
     if not library.ssldiff_set_cpu_path(name.encode()):
         raise ValueError(f"set_cpu_path: {name!r} is unknown or cannot run on this processor.")
+    cpu_path.cache_clear()

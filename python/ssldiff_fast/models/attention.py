@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ssldiff_fast.models.feed_forward import FeedForward
 from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext, TokenVectors
 from ssldiff_fast.models.products import (
     attention,
     conv1x1,
-    geglu,
     is_inference,
     linear,
     twice,
@@ -35,44 +35,6 @@ def zeroed(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
-
-
-class GEGLU(nn.Module):
-    """Gated GELU: `a * gelu(b)` with `a, b` the two halves of one projection."""
-
-    def __init__(self, width: int, inner_width: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(width, inner_width * 2)
-
-    def forward(
-        self,
-        x: Tensor,  # [B, L, C]
-    ) -> Tensor:  # [B, L, inner]
-        return geglu(linear(x, self.proj.weight, self.proj.bias))
-
-
-class FeedForward(nn.Module):
-    """GEGLU feed-forward with an inner width of 4 C."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        # The dropout (rate 0 in the published models) holds the place that numbers net.2.
-        self.net = nn.Sequential(
-            GEGLU(width, width * 4), nn.Dropout(0.0), nn.Linear(width * 4, width)
-        )
-
-    def forward(
-        self,
-        x: Tensor,  # [B, L, C]
-        *,
-        add: Tensor | None = None,  # [B, L, C]
-    ) -> Tensor:  # [B, L, C]
-        """The network of `x`, plus another tensor."""
-        *gated, out = self.net
-        for layer in gated:
-            x = layer(x)
-        assert isinstance(out, nn.Linear)  # for the type checker
-        return linear(x, out.weight, out.bias, add=add)
 
 
 class CrossAttention(nn.Module):

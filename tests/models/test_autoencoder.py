@@ -16,7 +16,7 @@ from golden_inputs import (
     published_shapes,
     relative_error,
 )
-from ssldiff_fast.models import AutoencoderKL, VQModel
+from ssldiff_fast.models import AutoencoderKL, VQModel, autoencoder_blocks
 
 PAPER = {
     **VQ_SMALL,
@@ -99,3 +99,24 @@ def test_an_image_whose_sides_do_not_divide_is_named(vae: VQModel) -> None:
 def test_a_latent_of_another_width_is_named(vae: VQModel) -> None:
     with pytest.raises(ValueError, match=r"expected \[B, 3, h, w\]"):
         vae.decode(torch.zeros(1, 4, 8, 8))
+
+
+def test_inference_computes_what_training_does(vae: VQModel) -> None:
+    # Inference goes by other kernels: Winograd's convolutions, channels-last, oneDNN's products.
+    image, z = golden_input("vq.img", 1, 3, 64, 96).tanh(), golden_input("vq.z", 1, 3, 24, 16)
+    trained = vae.encode(image), vae.decode(z, quantize=False)
+    with torch.no_grad():
+        inferred = vae.encode(image), vae.decode(z, quantize=False)
+    for theirs, ours in zip(trained, inferred):
+        assert theirs.requires_grad
+        assert relative_error(ours, theirs.detach()) < 1e-5
+
+
+def test_attention_in_parts_is_the_attention_of_the_whole(
+    vae: VQModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, x = vae.decoder.mid.attn_1, torch.randn(2, 64, 6, 7)
+    with torch.no_grad():
+        whole = block(x)
+        monkeypatch.setattr(autoencoder_blocks, "SCORES", 42 * 5)
+        torch.testing.assert_close(block(x), whole)

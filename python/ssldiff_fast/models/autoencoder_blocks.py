@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssldiff_fast.models.group_norm import GroupNormSiLU
+from ssldiff_fast.models.products import attention, conv1x1, is_eager_inference
+from ssldiff_fast.models.winograd import Conv3x3
 
 # The first stage's GroupNorms have this eps.
 EPS = 1e-6
+# Attention's scores that exist at once, at most: those of a large map would not fit into memory.
+SCORES = 2**26
+
+
+def arranged(
+    x: Tensor,  # [B, C, H, W]
+) -> Tensor:  # [B, C, H, W]
+    """`x` in the layout that convolutions of inference on a CPU read, so that none copies it."""
+    return x.contiguous(memory_format=torch.channels_last) if is_eager_inference(x) else x
 
 
 class ResnetBlock(nn.Module):
@@ -23,10 +35,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = GroupNormSiLU(in_channels, eps=EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = GroupNormSiLU(out_channels, eps=EPS)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
@@ -35,10 +47,9 @@ class ResnetBlock(nn.Module):
         x: Tensor,  # [B, C, H, W]
     ) -> Tensor:  # [B, out_channels, H, W]
         h = self.conv1(self.norm1(x))
-        h = self.conv2(self.dropout(self.norm2(h)))
         if hasattr(self, "nin_shortcut"):
-            x = self.nin_shortcut(x)
-        return x + h
+            x = conv1x1(x, self.nin_shortcut)
+        return self.conv2(self.dropout(self.norm2(h)), add=x)
 
 
 class AttnBlock(nn.Module):
@@ -61,11 +72,22 @@ class AttnBlock(nn.Module):
         # [B, 1, H*W, C]: with a dimension for its one head and rows in one piece, or the fused
         # kernels are passed over (GPU) or take twice as long (CPU).
         q, k, v = (
-            conv(normed).flatten(2).transpose(1, 2).contiguous()[:, None]
+            conv1x1(normed, conv).permute(0, 2, 3, 1).flatten(1, 2).contiguous()[:, None]
             for conv in (self.q, self.k, self.v)
         )
-        out = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return x + self.proj_out(out.transpose(1, 2).unflatten(2, (height, width)))
+        out = attended(q, k, v)[:, 0].transpose(1, 2).unflatten(2, (height, width))
+        return conv1x1(out, self.proj_out, add=x)
+
+
+def attended(
+    query: Tensor,  # [B, 1, L, C]
+    key: Tensor,  # [B, 1, T, C]
+    value: Tensor,  # [B, 1, T, C]
+) -> Tensor:  # [B, 1, L, C]
+    """Attention in parts of the queries, so that the scores of all of them never exist at once."""
+    parts = query.split(max(1, SCORES // key.shape[2]), dim=2)
+    made = [attention(part, key, value) for part in parts]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=2)
 
 
 class Downsample(nn.Module):
@@ -87,13 +109,13 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(
         self,
         x: Tensor,  # [B, C, h, w]
     ) -> Tensor:  # [B, C, 2h, 2w]
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(x, zoom=2)
 
 
 class Level(nn.Module):
@@ -174,13 +196,13 @@ class Encoder(nn.Module):
             self.down.append(level)
         self.mid = Middle(width, dropout)
         self.norm_out = GroupNormSiLU(width, eps=EPS)
-        self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
+        self.conv_out = Conv3x3(width, 2 * z_channels if double_z else z_channels)
 
     def forward(
         self,
         x: Tensor,  # [B, in_channels, H, W]
     ) -> Tensor:  # [B, z_channels (x2), h, w]
-        h = self.conv_in(x)
+        h = self.conv_in(arranged(x))
         for level in self.down:
             h = level(h)
         return self.conv_out(self.norm_out(self.mid(h)))
@@ -215,13 +237,13 @@ class Decoder(nn.Module):
             levels.insert(0, level)  # stored from fine to coarse, as checkpoints have it
         self.up = nn.ModuleList(levels)
         self.norm_out = GroupNormSiLU(width, eps=EPS)
-        self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
+        self.conv_out = Conv3x3(width, out_ch)
 
     def forward(
         self,
         z: Tensor,  # [B, z_channels, h, w]
     ) -> Tensor:  # [B, out_ch, H, W]
-        h = self.mid(self.conv_in(z))
+        h = self.mid(self.conv_in(arranged(z)))
         for level in reversed(self.up):
             h = level(h)
         return self.conv_out(self.norm_out(h))

@@ -161,13 +161,13 @@ def test_a_damaged_state_falls_back_to_the_one_before(
     newest.write_bytes(data)
     with caplog.at_level(logging.WARNING):
         assert digest(image(state=folder)) == digest(image())
-    assert f"{newest} is damaged" in caplog.text
+    assert f"{newest} cannot be read (its checksum is another)" in caplog.text
     broken_off(folder, 60)
     for file, size in zip(kept(folder).files(), (0, 100)):
         file.write_bytes(file.read_bytes()[:size])
     with caplog.at_level(logging.WARNING):
         assert digest(image(state=folder)) == digest(image())
-    assert caplog.text.count("cannot be read") == 2
+    assert caplog.text.count("cannot be read") == 3
     assert older.parent == folder
 
 
@@ -197,7 +197,7 @@ def test_without_space_the_run_goes_on_and_the_earlier_state_is_kept(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(state_module, "save_file", full)
+    monkeypatch.setattr(state_module, "save", full)
     with caplog.at_level(logging.WARNING), pytest.raises(MemoryError), kept(folder) as state:
         image(denoiser(network=Failing(50)), state=state)
     assert caplog.text.count("no space is left") == 1
@@ -236,13 +236,13 @@ def test_states_are_spaced_by_what_they_cost(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(state_module.time, "perf_counter", lambda: now[0])
-    real = state_module.save_file
+    real = state_module.save
 
     def slow(*arguments: Any, **options: Any) -> None:
         real(*arguments, **options)
         now[0] += 0.5
 
-    monkeypatch.setattr(state_module, "save_file", slow)
+    monkeypatch.setattr(state_module, "save", slow)
     written = 0
     with StateFolder(tmp_path / "state", share=0.01) as state:
         state.open({})

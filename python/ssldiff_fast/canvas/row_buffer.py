@@ -54,13 +54,13 @@ class Bands:
         for band in self._bands:
             bottom = top + band.shape[-2]
             if top < end and bottom > begin:
-                parts.append(_columns(band[..., max(0, begin - top) : end - top, :], columns))
+                part = _columns(band[..., max(0, begin - top) : end - top, :], columns)
+                if self._wide.spills:
+                    part = part.clone()
+                    self._wide.release(band)
+                parts.append(part)
             top = bottom
-        if len(parts) == 1 and not self._wide.spills:
-            return parts[0]
-        whole = torch.cat(parts, dim=-2)
-        self._wide.release(*self._bands)
-        return whole
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
 def _columns(band: Tensor, columns: range | None) -> Tensor:

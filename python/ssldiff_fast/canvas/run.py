@@ -173,8 +173,10 @@ class Run:
         """Within it the first Ctrl-C waits for the micro-batch under way, where a state is kept."""
         return nullcontext() if self._state is None else self._stop
 
-    def start(self, recipe: Callable[[], Mapping[str, Any]]) -> Snapshot | None:
-        """Opens state and progress bar; a snapshot where the run goes on."""
+    def start(
+        self, recipe: Callable[[], Mapping[str, Any]], wide: Memory | None = None
+    ) -> Snapshot | None:
+        """Opens state and progress bar; a snapshot, made in `wide`, where the run goes on."""
         state = self.settings.state
         found = None
         if state is not None:
@@ -182,7 +184,7 @@ class Run:
             if self._owns_state:
                 self._state.__enter__()
             try:
-                found = self._state.open(recipe(), resume=self.settings.resume)
+                found = self._state.open(recipe(), resume=self.settings.resume, wide=wide)
             except BaseException:
                 self._leave()
                 raise

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from ssldiff_fast.canvas.state_file import load, save
+from ssldiff_fast.canvas.wide import Memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,10 +47,12 @@ class Snapshot:
     Attributes:
         tensors: by name.
         numbers: JSON values: where the run is.
+        wide: where the tensors are.
     """
 
     tensors: Mapping[str, Tensor]
     numbers: Mapping[str, Any]
+    wide: Memory = field(default_factory=Memory)
 
 
 class StateFolder:
@@ -117,13 +119,20 @@ class StateFolder:
         """The states that are there, the newest first."""
         return sorted(self.path.glob("state-*.safetensors"), reverse=True)
 
-    def open(self, recipe: Mapping[str, Any], *, resume: bool | None = None) -> Snapshot | None:
+    def open(
+        self,
+        recipe: Mapping[str, Any],
+        *,
+        resume: bool | None = None,
+        wide: Memory | None = None,
+    ) -> Snapshot | None:
         """The newest whole state, and what all later ones belong to.
 
         Args:
             recipe: JSON values: everything that decides the bytes, the seed included.
             resume: True: there must be a state; False: those that are there are dropped; None:
                 goes on where there is one.
+            wide: where the snapshot's tensors are made.
 
         Returns:
             None where the run starts from the beginning.
@@ -139,7 +148,7 @@ class StateFolder:
             self.clear()
             return None
         for file in files:
-            snapshot = self._read(file)
+            snapshot = self._read(file, wide or Memory())
             if snapshot is not None:
                 return snapshot
         if resume:
@@ -149,25 +158,20 @@ class StateFolder:
             )
         return None
 
-    def _read(self, file: Path) -> Snapshot | None:
+    def _read(self, file: Path, wide: Memory) -> Snapshot | None:
         try:
-            with safe_open(file, "pt") as content:
-                about = content.metadata() or {}
-                # A key per line of the file, in order, so that the checksum sees the same bytes.
-                tensors = {name: content.get_tensor(name) for name in sorted(content.keys())}
-            header = json.loads(about["header"])
-            whole = about["checksum"] == _checksum(tensors, about["header"])
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            tensors, text = load(file, wide)
+            header = json.loads(text)
+        except (ValueError, OSError) as error:
             logger.warning("state: %s cannot be read (%s); the one before is used", file, error)
             return None
-        if not whole:
-            logger.warning("state: %s is damaged; the one before is used", file)
-            return None
         difference = difference_of(header["recipe"], self._recipe)
-        if difference or header["format"] != _FORMAT:
+        if header["format"] != _FORMAT:
+            difference = f"its format is {header['format']} there and {_FORMAT} here"
+        if difference:
             raise self.of_another_run(difference)
         _warn_of_environment(header["environment"])
-        return Snapshot(tensors, header["numbers"])
+        return Snapshot(tensors, header["numbers"], wide)
 
     def of_another_run(self, difference: str) -> ValueError:
         """The error that refuses a state of other settings."""
@@ -197,19 +201,13 @@ class StateFolder:
                 "environment": environment(),
             }
         )
-        tensors = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in sorted(snapshot.tensors.items())
-        }
         path = self.path / f"state-{self._number:08d}.safetensors"
         part = path.with_suffix(".part")
-        about = {"header": header, "checksum": _checksum(tensors, header)}
         try:
-            save_file(tensors, part, metadata=about)
-            _flush(part)
+            save(part, snapshot.tensors, header, snapshot.wide)
             os.replace(part, path)
             _flush(self.path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
             raise self._write_error(error) from None
@@ -292,14 +290,6 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
-    digest = hashlib.blake2b(header.encode(), digest_size=16)
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def difference_of(there: Any, here: Any, name: str = "") -> str:

@@ -101,7 +101,7 @@ class Wavefront:
         """The final rows, from top to bottom."""
         start = self._start
         found = self._run.start(
-            lambda: run_recipe(self._run, "wavefront", start.shape, start.identity())
+            lambda: run_recipe(self._run, "wavefront", start.shape, start.identity()), self._wide
         )
         finished = False
         try:
@@ -173,7 +173,7 @@ class Wavefront:
         if self._handed:
             numbers["begin"] = self._handed[0].begin
             tensors.update({f"handed.{n}": rows.canvas for n, rows in enumerate(self._handed)})
-        return Snapshot(tensors, numbers)
+        return Snapshot(tensors, numbers, self._wide)
 
     def _restore(self, found: Snapshot) -> None:
         device = self._start.device

@@ -27,7 +27,7 @@ from ssldiff_fast.slides.output import write_error
 from ssldiff_fast.slides.pixel_band import PixelBand, Rows
 
 # Of a wide tensor so many bytes are worked on at once, if the rest is in a file.
-_PIECE_BYTES = 2**21
+_PIECE_BYTES = 2**20
 # The file grows by its own size each time, and by this at first and this at most.
 _LEAST_BYTES, _MOST_BYTES = 2**24, 2**28
 

@@ -21,7 +21,7 @@ from .scratch import Scratch
 from .tile_sink import TileSink
 
 # Neighbouring tiles of one task, at most: handing on a task costs a tenth of a JPEG's tile.
-_TASK_TILES = 8
+_TASK_TILES = 4
 # Tasks begun and not yet written, for each thread: enough that none waits for its turn.
 _TASKS_PER_THREAD = 2
 
@@ -148,9 +148,11 @@ class Cascade:
             pixels = self._pixels(row, columns)
             if row.level + 1 < len(self.levels):
                 self._shrink(row, columns, pixels)
-            tiles = [self._tile_of(pixels, number) for number in range(len(columns))]
+            if isinstance(row.given, np.ndarray):
+                pixels = pixels.copy()  # the caller's array may be used again from here on
         finally:
             row.arrived(len(columns))
+        tiles = (self._tile_of(pixels, number) for number in range(len(columns)))
         data = [self._sink.encode(row.level, tile) for tile in tiles]
         if self._sink.ordered:
             return data
@@ -165,12 +167,12 @@ class Cascade:
         return self._scratched(row, left, right, row.begin, row.end)
 
     def _tile_of(self, pixels: Rows, number: int) -> Rows:
-        """A copy of a tile; where the format wants whole ones, its last pixels are repeated."""
+        """A tile, contiguous; where the format wants whole ones, its last pixels are repeated."""
         side = self._tile
         tile = pixels[:, number * side : (number + 1) * side]
         height, width = tile.shape[:2]
         if not self._sink.pads or height == width == side:
-            return tile.copy()
+            return np.ascontiguousarray(tile)
         whole = np.empty((side, side, tile.shape[2]), np.uint8)
         whole[:height, :width] = tile
         # JPEG rings at any border but a repeated one.

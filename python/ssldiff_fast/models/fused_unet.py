@@ -147,8 +147,9 @@ class FusedUNet:
         time: TimeVectors,  # of this object's prepare_time, of one timestep
         context: PreparedContext,  # of this object's prepare, of B windows, or 2 B: guided pairs
     ) -> Tensor:  # [B or 2 B, C, h, w], dtype of x
-        """The model output, as `UNet.forward`; float32 is never rounded to TF32."""
-        with torch.no_grad(), without_tf32():
+        """The model output, as `UNet.forward`; float32 is never rounded to TF32, and the same
+        input gives the same bits."""
+        with torch.no_grad(), without_tf32(), _repeatable():
             return self._evaluated(x, time, context)
 
     def _evaluated(self, x: Tensor, time: TimeVectors, context: PreparedContext) -> Tensor:
@@ -176,6 +177,17 @@ def without_tf32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+@contextlib.contextmanager
+def _repeatable() -> Iterator[None]:
+    """cuDNN's transposed convolutions of float32 sum in any order unless they are told not to."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def _transformer_blocks(unet: UNet) -> list[BasicTransformerBlock]:

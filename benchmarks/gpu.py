@@ -9,7 +9,9 @@ benchmarks/results/gpu/, also copied to the folder of --copy.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -41,13 +43,14 @@ BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("philox_normal.py",),
     ("token_attention.py",),
     ("vq_nearest.py",),
-    ("unet.py",),
+    ("unet.py", "--dtype", "bfloat16"),
     ("sampler.py",),
     ("sampler.py", "--size", "paper"),
     ("notebook.py",),
 )
 # Seconds for one step and for all of them, which leaves the build its share of ten minutes.
 LIMIT, IN_ALL = 200, 480
+WORKERS = 8  # of pytest-xdist, where it is there
 OUTCOMES = ("failure", "error")  # what pytest's report calls a test that did not pass
 
 
@@ -68,6 +71,8 @@ def run_tests() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={report}"]
+        if importlib.util.find_spec("xdist") is not None:  # most of the time is Triton's compiling
+            command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
         step = run([*command, *TESTS])
         if not report.is_file():
             return step

@@ -327,7 +327,7 @@ def main() -> None:
             figures[f"{size} {dtype}"] = found
             aims += aims_of(size, dtype, chosen.device, found)
             print(size, dtype, found["ratio"], found["relative_error"], flush=True)
-    save("unet", figures, aims, chosen.device)
+            save("unet", figures, aims, chosen.device)  # a run that is ended keeps what it has
 
 
 if __name__ == "__main__":

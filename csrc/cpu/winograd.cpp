@@ -9,9 +9,12 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <optional>
+#include <type_traits>
 
+#include "../include/half.h"
 #include "dispatch.h"
 #include "panel_product.h"
 #include "vectors.h"
@@ -25,7 +28,7 @@ using torch::stable::Tensor;
 // Tiles of a block: few, so that they stay near the core; but more where the filters are in no
 // cache and each block reads all of them anew. A thread keeps the space of its largest block.
 constexpr int64_t kTiles = 28, kMostTiles = 112;
-constexpr int64_t kCacheBytes = 16 << 20;
+constexpr int64_t kFilterBytes = 8 << 20, kBlockBytes = 16 << 20;
 
 constexpr int kOut = 4;   // side of the outputs of a tile
 constexpr int kSide = 6;  // and of its inputs; neighbours overlap by two
@@ -68,17 +71,49 @@ struct Geometry {
   int64_t padded() const { return panels_of(out_channels) * kPanel; }
 };
 
+// A vector of floats from `count` values, then zeros.
+template <int kBytes, typename T>
+SSLDIFF_INLINE Vector<float, kBytes> load_some(const T* from, int64_t count) {
+  constexpr int64_t kLanes = kBytes / 4;
+  if (count >= kLanes) {
+    return widen_lanes<kBytes, float>(from);
+  }
+  T some[kLanes] = {};
+  std::memcpy(some, from, count * sizeof(T));
+  return widen_lanes<kBytes, float>(some);
+}
+
+template <int kBytes, typename T>
+SSLDIFF_INLINE void store_some(Vector<float, kBytes> value, T* to, int64_t count) {
+  const int64_t bytes = std::min<int64_t>(count, kBytes / 4) * sizeof(T);
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    using Halves = Vector<uint16_t, kBytes / 2>;
+    const auto whole = (Vector<uint32_t, kBytes>)bfloat16_lanes<kBytes>(value);
+    const Halves halves = __builtin_convertvector(whole >> 16, Halves);
+    if (count >= kBytes / 4) {
+      std::memcpy(to, &halves, sizeof(halves));
+    } else {
+      std::memcpy(to, &halves, bytes);
+    }
+  } else if (count >= kBytes / 4) {
+    std::memcpy(to, &value, kBytes);
+  } else {
+    std::memcpy(to, &value, bytes);
+  }
+}
+
 // Far from a multiple of the caches' 4096 bytes, so that the places of a tile are in no one's way.
 int64_t plane(int64_t tiles, int64_t channels) {
   return (tiles * channels + 1023) / 1024 * 1024 + 80;
 }
 
+template <typename T>
 struct Convolution {
-  const float* maps;     // [N, H / zoom, W / zoom, C]
+  const T* maps;         // [N, H / zoom, W / zoom, C]
   const float* filters;  // [kPlaces, panels, C, kPanel]
   const float* bias;     // [K], or null
-  const float* add;      // [N, H, W, K], or null
-  float* out;            // [N, H, W, K]
+  const T* add;          // [N, H, W, K], or null
+  T* out;                // [N, H, W, K]
   Geometry shape;
   int64_t blocks;
 
@@ -121,31 +156,12 @@ struct Convolution {
     return {row / shape.tiles_y(), row % shape.tiles_y() * kOut, tile % shape.tiles_x() * kOut};
   }
 
-  template <int kBytes>
-  SSLDIFF_INLINE static Vector<float, kBytes> load(const float* from, int64_t count) {
-    if (count >= kBytes / 4) {
-      return load_lanes<float, kBytes>(from);
-    }
-    Vector<float, kBytes> some = {};
-    std::memcpy(&some, from, count * sizeof(float));
-    return some;
-  }
-
-  template <int kBytes>
-  SSLDIFF_INLINE static void store(Vector<float, kBytes> value, float* to, int64_t count) {
-    if (count >= kBytes / 4) {
-      std::memcpy(to, &value, kBytes);
-    } else {
-      std::memcpy(to, &value, count * sizeof(float));
-    }
-  }
-
   // B' d B of one tile, a vector of channels at a time. Outside the map there are zeros.
   template <int kBytes>
   SSLDIFF_INLINE void transform(int64_t tile, float* to) const {
     const Place at = place(tile);
     const int64_t height = shape.height / shape.zoom, width = shape.width / shape.zoom;
-    const float* rows[kSide][kSide];
+    const T* rows[kSide][kSide];
     for (int u = 0; u < kSide; ++u) {
       for (int v = 0; v < kSide; ++v) {
         const int64_t y = at.y + u - 1, x = at.x + v - 1;
@@ -162,8 +178,9 @@ struct Convolution {
       for (int v = 0; v < kSide; ++v) {
         Vector<float, kBytes> column[kSide], made[kSide];
         for (int u = 0; u < kSide; ++u) {
-          const float* from = rows[u][v];
-          column[u] = from == nullptr ? Vector<float, kBytes>{} : load<kBytes>(from + c, count);
+          const T* from = rows[u][v];
+          column[u] =
+              from == nullptr ? Vector<float, kBytes>{} : load_some<kBytes>(from + c, count);
         }
         transform_six<kBytes>(column, made);
         for (int u = 0; u < kSide; ++u) {
@@ -174,7 +191,7 @@ struct Convolution {
         Vector<float, kBytes> made[kSide];
         transform_six<kBytes>(half[u], made);
         for (int v = 0; v < kSide; ++v) {
-          store<kBytes>(made[v], to + (u * kSide + v) * stride + c, count);
+          store_some<kBytes>(made[v], to + (u * kSide + v) * stride + c, count);
         }
       }
     }
@@ -212,7 +229,8 @@ struct Convolution {
           half[u][v] = made[u];
         }
       }
-      const auto shift = bias == nullptr ? Vector<float, kBytes>{} : load<kBytes>(bias + k, count);
+      const auto shift =
+          bias == nullptr ? Vector<float, kBytes>{} : load_some<kBytes>(bias + k, count);
       for (int u = 0; u < kOut && at.y + u < shape.height; ++u) {
         Vector<float, kBytes> made[kOut];
         four_outputs<kBytes>(half[u], made);
@@ -222,38 +240,55 @@ struct Convolution {
               k;
           auto value = made[v] + shift;
           if (add != nullptr) {
-            value += load<kBytes>(add + position, count);
+            value += load_some<kBytes>(add + position, count);
           }
-          store<kBytes>(value, out + position, count);
+          store_some<kBytes>(value, out + position, count);
         }
       }
     }
   }
 };
 
-bool is_plain(const Tensor& tensor, int64_t dimensions) {
-  return tensor.scalar_type() == ScalarType::Float && tensor.dim() == dimensions &&
-         tensor.is_cpu() && tensor.is_contiguous();
+bool is_plain(const Tensor& tensor, int64_t dimensions, ScalarType type = ScalarType::Float) {
+  return tensor.scalar_type() == type && tensor.dim() == dimensions && tensor.is_cpu() &&
+         tensor.is_contiguous();
 }
 
-const float* values_of(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? static_cast<const float*>(tensor->const_data_ptr()) : nullptr;
+template <typename T>
+const T* values_of(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
 int64_t blocks_of(const Geometry& shape) {
   const int64_t filters = 4 * kPlaces * shape.channels * shape.padded();
   const int64_t tile = 4 * kPlaces * (shape.channels + shape.padded());
   const int64_t most =
-      filters > kCacheBytes ? std::min(kMostTiles, std::max(kTiles, kCacheBytes / tile)) : kTiles;
+      filters > kFilterBytes ? std::min(kMostTiles, std::max(kTiles, kBlockBytes / tile)) : kTiles;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t blocks = (shape.tiles() + most - 1) / most;
   return std::min((blocks + threads - 1) / threads * threads, shape.tiles());
 }
 
+template <typename T>
+void convolve(const Tensor& maps, const Tensor& filters, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& add, const Tensor& out, const Geometry& shape) {
+  const Convolution<T> body{static_cast<const T*>(maps.const_data_ptr()),
+                            static_cast<const float*>(filters.const_data_ptr()),
+                            values_of<float>(bias),
+                            values_of<T>(add),
+                            static_cast<T*>(out.mutable_data_ptr()),
+                            shape,
+                            blocks_of(shape)};
+  parallel_dispatch(body.blocks, 1, body);
+}
+
 Tensor winograd(Tensor maps, Tensor filters, int64_t out_channels, int64_t zoom,
                 std::optional<Tensor> bias, std::optional<Tensor> add) {
-  STD_TORCH_CHECK(is_plain(maps, 4) && (zoom == 1 || zoom == 2),
-                  "winograd: maps must be contiguous [N, H, W, C] float32, and zoom 1 or 2.");
+  const ScalarType type = maps.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::BFloat16) &&
+                      is_plain(maps, 4, type) && (zoom == 1 || zoom == 2),
+                  "winograd: maps must be contiguous [N, H, W, C] float32 or bfloat16, and zoom 1 "
+                  "or 2.");
   STD_TORCH_CHECK(is_plain(filters, 4) && filters.size(0) == kPlaces && out_channels > 0 &&
                       filters.size(1) == panels_of(out_channels) &&
                       filters.size(2) == maps.size(3) && filters.size(3) == kPanel,
@@ -266,22 +301,15 @@ Tensor winograd(Tensor maps, Tensor filters, int64_t out_channels, int64_t zoom,
   Tensor out =
       torch::stable::new_empty(maps, {shape.maps, shape.height, shape.width, out_channels});
   if (add.has_value()) {
-    bool fits = is_plain(*add, 4);
+    bool fits = is_plain(*add, 4, type);
     for (int64_t d = 0; fits && d < 4; ++d) {
       fits = add->size(d) == out.size(d);
     }
-    STD_TORCH_CHECK(fits, "winograd: add must be contiguous [N, H, W, K] float32.");
+    STD_TORCH_CHECK(fits, "winograd: add must be contiguous [N, H, W, K] in the dtype of maps.");
   }
   if (out.numel() > 0) {
-    const int64_t blocks = blocks_of(shape);
-    const Convolution body{static_cast<const float*>(maps.const_data_ptr()),
-                           static_cast<const float*>(filters.const_data_ptr()),
-                           values_of(bias),
-                           values_of(add),
-                           static_cast<float*>(out.mutable_data_ptr()),
-                           shape,
-                           blocks};
-    parallel_dispatch(blocks, 1, body);
+    const auto made = type == ScalarType::Float ? convolve<float> : convolve<BFloat16>;
+    made(maps, filters, bias, add, out, shape);
   }
   return out;
 }

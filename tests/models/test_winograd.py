@@ -17,6 +17,8 @@ from ssldiff_fast.models.winograd import LEAST_CHANNELS, Conv3x3, packed, serves
 
 # Measured: 1.8e-6 for 129 channels, where a direct convolution is within 2e-7.
 TOLERANCE = 3e-6
+# Measured: 2e-3 and 3e-4, as results are stored.
+HALVES = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 SHAPES = {
     "one-position": (1, 1, 1, 1, 1),
@@ -56,6 +58,29 @@ def test_it_is_the_convolution_within_float32s_rounding(
     expected = exact(conv, x)
     assert relative_error(winograd(x, conv).double(), expected) < TOLERANCE
     assert relative_error(winograd(x, conv, add=add).double(), expected + add) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", list(HALVES), ids=str)
+@torch.no_grad()
+def test_half_precision_is_rounded_at_its_ends_alone(cpu_path: str, dtype: torch.dtype) -> None:
+    conv = fill(Conv3x3(37, 65)).to(dtype)
+    x, add = torch.randn(2, 37, 5, 9).to(dtype), torch.randn(2, 65, 5, 9).to(dtype)
+    out = winograd(x, conv, add=add)
+    assert out.dtype == dtype
+    assert relative_error(out.double(), exact(conv, x) + add) < HALVES[dtype]
+    wide = fill(Conv3x3(37, 65))
+    wide.load_state_dict(conv.state_dict())
+    assert torch.equal(out, winograd(x.float(), wide, add=add.float()).to(dtype))
+
+
+@torch.no_grad()
+def test_what_is_not_finite_stays_so_in_half_precision() -> None:
+    conv = fill(Conv3x3(32, 32)).to(torch.bfloat16)
+    x = torch.zeros(1, 32, 8, 8, dtype=torch.bfloat16)
+    x[0, 0, 0, 0] = torch.nan
+    out = winograd(x, conv)
+    assert out[..., :2, :2].isnan().all()
+    assert out[..., 4:, 4:].isfinite().all()
 
 
 @torch.no_grad()
@@ -107,11 +132,10 @@ def test_changed_weights_are_transformed_anew() -> None:
     assert relative_error(winograd(x, conv).double(), exact(conv, x)) < TOLERANCE
 
 
-def test_only_inference_in_float32_of_wide_layers_goes_that_way(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_only_inference_of_wide_layers_goes_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(module, "winograd", lambda x, conv, **_: calls.append("winograd") or x)
+    monkeypatch.setattr(module, "_halves", lambda: (torch.bfloat16,))
     wide, narrow = (Conv3x3(width, width) for width in (LEAST_CHANNELS, LEAST_CHANNELS - 1))
     assert serves(wide)
     assert not serves(narrow)
@@ -121,10 +145,14 @@ def test_only_inference_in_float32_of_wide_layers_goes_that_way(
         wide(x)
     with torch.no_grad():
         narrow(x[:, 1:])
-        wide.to(torch.bfloat16)(x.bfloat16())
+        wide.to(torch.float64)(x.double())
         assert calls == []
         wide.to(torch.float32)(x)
-    assert calls == ["winograd"]
+        wide.to(torch.bfloat16)(x.bfloat16())
+        assert calls == ["winograd"] * 2
+        monkeypatch.setattr(module, "_halves", lambda: ())  # as on a processor with AMX
+        wide(x.bfloat16())
+    assert calls == ["winograd"] * 2
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -165,6 +193,8 @@ def test_the_operator_passes_opcheck() -> None:
     [
         ({"maps": torch.zeros(2, 3, 4)}, "maps must be contiguous"),
         ({"maps": torch.zeros(2, 3, 5, 4, dtype=torch.float64)}, "maps must be contiguous"),
+        ({"maps": torch.zeros(2, 3, 5, 4, dtype=torch.float16)}, "maps must be contiguous"),
+        ({"maps": torch.zeros(2, 3, 5, 4, dtype=torch.bfloat16)}, "add must be"),
         ({"maps": torch.zeros(2, 4, 3, 5).permute(0, 2, 3, 1)}, "maps must be contiguous"),
         ({"zoom": 3}, "zoom 1 or 2"),
         ({"filters": packed(torch.zeros(7, 3, 3, 3))}, "filters must be"),

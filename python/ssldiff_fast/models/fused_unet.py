@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssldiff_fast.models.attention import BasicTransformerBlock, SpatialTransformer
+from ssldiff_fast.models.feed_forward import GEGLU
 from ssldiff_fast.models.group_norm import GroupNormSiLU
 from ssldiff_fast.models.prepared import PreparedContext, TimeVectors, TokenVectors
 from ssldiff_fast.models.unet import UNet
@@ -301,7 +302,9 @@ def _tokens(
         normed = block.norm2(tokens)
         tokens = block.attn2.attend(normed, vectors.keys, vectors.values, add=tokens)
         normed = norm(tokens)
-    project = block.ff.net[0].proj  # type: ignore[union-attr]
+    gates = block.ff.net[0]
+    assert isinstance(gates, GEGLU)  # for the type checker
+    project = gates.proj
     gated = geglu(F.linear(normed, project.weight, project.bias))
     _accumulate(tokens, gated, _linear(block.ff.net[2]).weight)
     return tokens
@@ -358,7 +361,8 @@ def _added(
 ) -> _Map:
     from ssldiff_fast.kernels.map_statistics import add_statistics
 
-    return _Map(rows, *add_statistics(rows, other, bias), size)
+    mean, m2 = add_statistics(rows, other, bias)
+    return _Map(rows, mean, m2, size)
 
 
 def _rows(maps: Tensor) -> Tensor:  # [N, C, h, w] to [N, L, C]

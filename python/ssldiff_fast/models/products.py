@@ -18,9 +18,6 @@ from torch import Tensor, nn
 
 from ssldiff_fast import _C
 
-# On a CPU, float32 attention of heads at least so wide is faster by products than by
-# scaled_dot_product_attention: 1.9x at 384, 1.5x at 256, but 0.6x at 128.
-WIDE_HEAD = 256
 # Subclasses of tensors have products of their own.
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -96,30 +93,15 @@ def attention(
     value: Tensor,  # [B, heads, T, width]
 ) -> Tensor:  # [B, heads, L, width]
     """softmax(query key' / sqrt(width)) value."""
-    if is_eager_inference(query):
-        if query.dtype == torch.bfloat16:
-            # Its flash kernel multiplies in float32 on CPUs without AMX: 2 to 4 times slower.
-            return _by_products(query, key, value)
-        if query.dtype == torch.float32 and query.shape[-1] >= WIDE_HEAD and _has_onednn():
-            return _by_heads(query, key, value)
+    if is_eager_inference(query) and query.dtype == torch.bfloat16:
+        # The flash kernel multiplies in float32 on CPUs without AMX: up to twice as slow.
+        return _by_products(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     logits = (query * query.shape[-1] ** -0.5) @ key.mT
     return logits.softmax(-1) @ value
-
-
-def _by_heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    # oneDNN's product has two dimensions, and is only fast where both operands are contiguous.
-    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-    scale = query.shape[-1] ** -0.5
-    for window in range(query.shape[0]):
-        for head in range(query.shape[1]):
-            logits = linear(query[window, head] * scale, key[window, head].contiguous())
-            transposed = value[window, head].mT.contiguous()
-            out[window, :, head] = linear(logits.softmax(-1), transposed)
-    return out.transpose(1, 2)
 
 
 def _has_onednn() -> bool:

@@ -22,7 +22,8 @@ def aim(
 ) -> dict[str, Any]:
     """One aim of a result: what it is, what was measured, and whether that meets it."""
     met = value >= bound if direction == "at least" else value <= bound
-    return {"name": name, "aim": f"{direction} {bound:g}", "value": round(value, 4), "met": met}
+    rounded = float(f"{value:.4g}")
+    return {"name": name, "aim": f"{direction} {bound:g}", "value": rounded, "met": met}
 
 
 def _git(*arguments: str) -> str:
@@ -34,19 +35,24 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def commit() -> str | None:
+    """The commit that is measured."""
+    return _git("rev-parse", "--short", "HEAD") or None
+
+
 def save(
     name: str, figures: dict[str, Any], aims: list[dict[str, Any]], device: str = "cpu"
 ) -> Path:
     """Write `results/NAME.json`, of a GPU `results/gpu/NAME.json`, and print which aims are met."""
-    commit = _git("rev-parse", "--short", "HEAD")
+    measured = commit()
     result = {
         "what": name,
         "device": device,
         **figures,
         "aims": aims,
         "machine": machine(),
-        "commit": commit or None,
-        "dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "commit": measured,
+        "dirty": bool(_git("status", "--porcelain")) if measured else None,
         "date": datetime.date.today().isoformat(),
     }
     path = (RESULTS if device == "cpu" else RESULTS / "gpu") / f"{name}.json"

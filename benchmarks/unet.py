@@ -6,36 +6,36 @@ batch, contiguous, unfused. B1 is the same in batches of two windows. B2 is what
 gets in an afternoon: scaled_dot_product_attention, channels-last, torch.compile; in bfloat16 under
 autocast. Then ours, exact, and ours without one trick at a time.
 
-    python benchmarks/unet.py [--size paper | demo] [--device cuda] [--no-compile]
+    python benchmarks/unet.py [--size paper | demo] [--dtype float32 | bfloat16] [--device cuda]
+
+A whole run on a CPU takes a quarter of an hour; with `--keep` sizes and dtypes may be run one after
+another into the same result.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+import unet_on_cpu
+import unet_on_gpu
 from published_unet import published_unet
-from report import aim, save
+from report import RESULTS, aim, commit, save
 from sampler import matrix_rate, random_model
-from ssldiff_fast.models import UNet, products
-from ssldiff_fast.models.attention import CrossAttention
+from ssldiff_fast.models import UNet
 from ssldiff_fast.models.execution import network_for
-from ssldiff_fast.models.feed_forward import FeedForward
 from ssldiff_fast.models.fused_unet import without_tf32
-from ssldiff_fast.models.group_norm import GroupNormSiLU
-from ssldiff_fast.models.winograd import Conv3x3
 from timing import alternate, arguments, peak_megabytes
-from unet_on_gpu import kinds_of_kernels, without_each
 
 WINDOWS = {("cpu", "paper"): 2, ("cpu", "demo"): 16, ("cuda", "paper"): 32, ("cuda", "demo"): 64}
+SIZES, DTYPES = ("demo", "paper"), ("float32", "bfloat16")
 TIME = 500.0
 # Times faster at least, by device and size, in the dtype that the aim is about.
 AIMS = {
@@ -105,133 +105,6 @@ def random_model_window(size: str) -> tuple[int, int]:
     return (64, 64) if size == "paper" else (32, 32)
 
 
-def plain_norm(self: GroupNormSiLU, x: Tensor, **options: Any) -> Tensor:
-    """GroupNormSiLU in passes of their own."""
-    add, scale, shift = (options.get(name) for name in ("add", "scale", "shift"))
-    x = x if add is None else x + add[:, :, None, None].to(x.dtype)
-    x = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-    x = x if scale is None else x * (1 + scale[:, :, None, None].to(x.dtype))
-    x = x if shift is None else x + shift[:, :, None, None].to(x.dtype)
-    return F.silu(x) if self.silu else x
-
-
-def plain_geglu(projected: Tensor) -> Tensor:
-    values, gates = projected.chunk(2, dim=-1)
-    return values * F.gelu(gates)
-
-
-def ablations(pairs: Pairs) -> dict[str, Evaluation]:
-    """Ours without one trick each."""
-    if pairs.device == "cuda":
-        return without_each(pairs)
-
-    def without(change: Any) -> Tensor:
-        with change:
-            return pairs.ours()
-
-    def twice() -> Tensor:
-        return pairs.last(pairs.x.repeat(2, 1, 1, 1), pairs.time, pairs.prepared)
-
-    found = {
-        "shared prefix": twice,
-        "prepared tokens": lambda: pairs.last(pairs.x, pairs.time, pairs.context),
-        "prepared timesteps": lambda: pairs.last(pairs.x, pairs.t[:1].squeeze(), pairs.prepared),
-        "group_norm_silu": partial(without, patch.object(GroupNormSiLU, "forward", plain_norm)),
-    }
-    if pairs.device == "cpu":
-        sdpa = patch.object(products, "attention", F.scaled_dot_product_attention)
-        in_blocks = patch("ssldiff_fast.models.attention.attention", sdpa.new)
-        found["attention by products"] = partial(without, in_blocks)
-        onednn = patch.object(products, "_has_onednn", lambda *_: False)
-        found["products by oneDNN"] = partial(without, onednn)
-        plain = patch("ssldiff_fast.models.attention.geglu", plain_geglu)
-        found["geglu"] = partial(without, plain)
-        direct = patch("ssldiff_fast.models.winograd.serves", lambda conv: False)
-        found["Winograd's convolutions"] = partial(without, direct)
-    return found
-
-
-def predicted(pairs: Pairs) -> dict[str, float]:
-    """Times faster by a trick alone, from the operations it saves and rates measured here."""
-    counts = operations(pairs)
-    whole, shared = counts["all"], counts["before the context"]
-    found = {"shared prefix": round(whole / (whole - shared / 2), 3)}
-    if pairs.device == "cpu" and pairs.dtype == torch.float32:
-        x, weight = (torch.randn(*s) for s in ((2048, 384), (1536, 384)))
-        times = alternate(
-            {"plain": lambda: F.linear(x, weight), "ours": lambda: products.linear(x, weight)}, 9
-        )
-        ratio = times["plain"]["median_ms"] / times["ours"]["median_ms"]
-        share = counts["products"] / whole
-        found["products by oneDNN"] = round(1 - share + share * ratio, 3)
-    return found
-
-
-def operations(pairs: Pairs) -> dict[str, float]:
-    """Multiplications of one evaluation: all, those before the context, those of products."""
-    counts = {"all": 0.0, "before the context": 0.0, "products": 0.0}
-    seen = False
-
-    def count(module: nn.Module, args: Any, out: Tensor) -> None:
-        nonlocal seen
-        seen = seen or (isinstance(module, CrossAttention))
-        if isinstance(module, nn.Conv2d):
-            done = out.numel() * module.weight[0].numel() / len(out)
-            counts["all"] += done
-            counts["before the context"] += 0 if seen else done
-        elif isinstance(module, CrossAttention | FeedForward):
-            weights = sum(p.numel() for p in module.parameters())
-            length, width = args[0].shape[1:]
-            done = length * weights
-            done += 2 * length**2 * width if isinstance(module, CrossAttention) else 0
-            counts["all"] += done
-            counts["products"] += done
-
-    hooks = [module.register_forward_hook(count) for module in pairs.last.modules()]
-    pairs.last(pairs.x[:1], pairs.time, pairs.last.prepare(pairs.context[:1]))
-    for hook in hooks:
-        hook.remove()
-    return counts
-
-
-def breakdown(pairs: Pairs) -> dict[str, float]:
-    """Share of the time of ours by kind of layer."""
-    if pairs.device == "cuda":
-        return kinds_of_kernels(pairs)
-    kinds: dict[type[nn.Module], str] = {
-        Conv3x3: "3x3 convolutions",
-        nn.Conv2d: "other convolutions",
-        GroupNormSiLU: "group_norm_silu",
-        CrossAttention: "self-attention",
-        FeedForward: "feed-forward",
-        nn.LayerNorm: "first LayerNorm",
-    }
-    spent = dict.fromkeys(kinds.values(), 0.0)
-    starts: list[float] = []
-
-    def now() -> float:
-        if pairs.device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    hooks = []
-    for module in pairs.last.modules():
-        if type(module) in kinds:
-            hooks.append(module.register_forward_pre_hook(lambda *_: starts.append(now())))
-
-            def stop(module: nn.Module, *_: Any) -> None:
-                spent[kinds[type(module)]] += now() - starts.pop()
-
-            hooks.append(module.register_forward_hook(stop))
-    start = now()
-    pairs.ours()
-    whole = now() - start
-    for hook in hooks:
-        hook.remove()
-    shares = {name: round(seconds / whole, 3) for name, seconds in spent.items()}
-    return {**shares, "all else": round(1 - sum(shares.values()), 3)}
-
-
 @contextlib.contextmanager
 def compiled(pairs: Pairs, figures: dict[str, Any]) -> Iterator[Evaluation | None]:
     """B2 through torch.compile, or None where that fails; how long it took is noted."""
@@ -263,7 +136,8 @@ def measure(pairs: Pairs, size: str, rounds: int, compile_b2: bool) -> dict[str,
         with without_tf32():
             exact = pairs.b0()
         figures["relative_error"] = {n: relative(f(), exact) for n, f in functions.items()}
-        functions.update({f"ours without {n}": f for n, f in ablations(pairs).items()})
+        of_device = unet_on_gpu if pairs.device == "cuda" else unet_on_cpu
+        functions.update({f"ours without {n}": f for n, f in of_device.without_each(pairs).items()})
         times = alternate(functions, rounds, pairs.device)
         own = times["ours"]["median_ms"]
         figures["times"] = times
@@ -280,9 +154,19 @@ def measure(pairs: Pairs, size: str, rounds: int, compile_b2: bool) -> dict[str,
     }
     rate = matrix_rate(pairs.device, pairs.dtype) * 1e3
     figures["gigaflops"]["matrix product"] = round(rate)
-    figures["predicted"] = predicted(pairs)
-    figures["breakdown"] = breakdown(pairs)
+    if pairs.device == "cuda":
+        figures["breakdown"] = unet_on_gpu.kinds_of_kernels(pairs)
+    else:
+        figures["tricks"] = tricks(figures["ratio"], unet_on_cpu.predicted(pairs))
+        figures["breakdown"] = unet_on_cpu.kinds_of_layers(pairs)
     return figures
+
+
+def tricks(ratio: dict[str, float], predicted: dict[str, float]) -> dict[str, Any]:
+    """How many times longer ours takes without each trick, measured and as predicted."""
+    prefix = "ours without "
+    measured = {n.removeprefix(prefix): r for n, r in ratio.items() if n.startswith(prefix)}
+    return {n: {"measured": r, "predicted": predicted.get(n)} for n, r in measured.items()}
 
 
 def evaluation_flops_of(pairs: Pairs) -> float:
@@ -309,22 +193,31 @@ def aims_of(size: str, dtype: str, device: str, figures: dict[str, Any]) -> list
     return found
 
 
+def kept(device: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures and aims of the last result."""
+    path = (RESULTS if device == "cpu" else RESULTS / "gpu") / "unet.json"
+    last = json.loads(path.read_text()) if path.exists() else {"aims": []}
+    known = [f"{size} {dtype}" for size in SIZES for dtype in DTYPES]
+    return {name: last[name] for name in known if name in last}, last["aims"]
+
+
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--size", action="append", choices=["paper", "demo"])
-    parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"])
+    parser.add_argument("--size", action="append", choices=SIZES)
+    parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--windows", type=int, help="guided pairs of one batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-compile", action="store_true", help="B2 without torch.compile")
+    parser.add_argument("--keep", action="store_true", help="what the last result has of the rest")
     chosen = parser.parse_args()
-    figures: dict[str, Any] = {}
-    aims = []
-    for size in chosen.size or ["demo", "paper"]:
-        for dtype in chosen.dtype or ["float32", "bfloat16"]:
+    figures, aims = kept(chosen.device) if chosen.keep else ({}, [])
+    for size in chosen.size or SIZES:
+        for dtype in chosen.dtype or DTYPES:
             windows = chosen.windows or WINDOWS[chosen.device, size]
             pairs = Pairs(size, chosen.device, getattr(torch, dtype), windows)
             found = measure(pairs, size, chosen.rounds, not chosen.no_compile)
-            figures[f"{size} {dtype}"] = found
+            figures[f"{size} {dtype}"] = {"commit": commit(), **found}
+            aims = [a for a in aims if f"({size}, {dtype})" not in a["name"]]
             aims += aims_of(size, dtype, chosen.device, found)
             print(size, dtype, found["ratio"], found["relative_error"], flush=True)
             save("unet", figures, aims, chosen.device)  # a run that is ended keeps what it has

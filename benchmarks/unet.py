@@ -31,7 +31,7 @@ from report import RESULTS, aim, commit, save
 from sampler import matrix_rate, random_model
 from ssldiff_fast.models import UNet
 from ssldiff_fast.models.execution import network_for
-from ssldiff_fast.models.fused_unet import without_tf32
+from ssldiff_fast.models.fused_unet import exact_convolutions
 from timing import alternate, arguments, peak_megabytes
 
 WINDOWS = {("cpu", "paper"): 2, ("cpu", "demo"): 16, ("cuda", "paper"): 32, ("cuda", "demo"): 64}
@@ -133,7 +133,7 @@ def measure(pairs: Pairs, size: str, rounds: int, compile_b2: bool) -> dict[str,
         made = stack.enter_context(compiled(pairs, figures)) if compile_b2 else None
         if made is not None:
             functions["B2 compiled"] = made
-        with without_tf32():
+        with exact_convolutions():
             exact = pairs.b0()
         figures["relative_error"] = {n: relative(f(), exact) for n, f in functions.items()}
         of_device = unet_on_gpu if pairs.device == "cuda" else unet_on_cpu

@@ -150,7 +150,7 @@ class FusedUNet:
     ) -> Tensor:  # [B or 2 B, C, h, w], dtype of x
         """The model output, as `UNet.forward`; float32 is never rounded to TF32, and the same
         input gives the same bits."""
-        with torch.no_grad(), without_tf32(), _repeatable():
+        with torch.no_grad(), exact_convolutions():
             return self._evaluated(x, time, context)
 
     def _evaluated(self, x: Tensor, time: TimeVectors, context: PreparedContext) -> Tensor:
@@ -170,25 +170,16 @@ class FusedUNet:
 
 
 @contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """cuDNN's convolutions of float32 keep ten bits of the mantissa unless they are told not to."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+def exact_convolutions() -> Iterator[None]:
+    """float32 proper and the same bits again: cuDNN's convolutions of float32 keep ten bits of the
+    mantissa, and transposed ones sum in any order, unless they are told not to."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.deterministic
+    cudnn.allow_tf32, cudnn.deterministic = False, True
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-@contextlib.contextmanager
-def _repeatable() -> Iterator[None]:
-    """cuDNN's transposed convolutions of float32 sum in any order unless they are told not to."""
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = before
+        cudnn.allow_tf32, cudnn.deterministic = before
 
 
 def _transformer_blocks(unet: UNet) -> list[BasicTransformerBlock]:

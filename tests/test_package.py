@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,10 +62,40 @@ def test_missing_operators_say_how_to_build_them(monkeypatch: pytest.MonkeyPatch
     import torch
 
     monkeypatch.setattr(_C, "CPU_PROBLEM", "libssldiff_cpu.so is not in there")
-    with pytest.raises(RuntimeError, match=r"vq_nearest: the compiled operators are missing .*pip"):
+    with pytest.raises(RuntimeError, match=r"vq_nearest: the compiled .* cannot be used .*pip"):
         ops.vq_nearest(torch.zeros(1, 3), torch.zeros(1, 3))
-    with pytest.raises(RuntimeError, match="scatter_mean: the compiled operators are missing"):
+    with pytest.raises(RuntimeError, match="scatter_mean: the compiled operators cannot be used"):
         ops.scatter_mean(torch.zeros(1, 1, 1, 1), ops.WindowPlan.regular(1, 1, (1, 1), 1))
+
+
+def test_the_table_of_operators_is_that_of_the_library() -> None:
+    source = (Path(__file__).parents[1] / "csrc" / "library.cpp").read_text()
+    schemas = re.findall(r'm\.def\(\s*"(\w+)\((.*?)\) ?"?\s*"?->', source, re.DOTALL)
+    assert {name: text.count(",") + 1 for name, text in schemas} == _C.OPERATORS
+
+
+def test_operators_older_than_the_python_code_are_one_sentence(tmp_path: Path) -> None:
+    path = _C.library_path("cpu")
+    older = path.read_bytes().replace(b"winograd(Tensor maps", b"winogra_(Tensor maps")
+    (tmp_path / path.name).write_bytes(older)
+    done = subprocess.run(
+        [sys.executable, "-c", "import ssldiff_fast as sf; sf.ops.philox_normal(0, 1, (0, 1), 1)"],
+        env={**os.environ, "SSLDIFF_LIBRARIES": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    said = done.stderr.splitlines()[-1]
+    assert "philox_normal: the compiled operators cannot be used" in said
+    assert f"{path.name} is older than the Python code: it has no operator winograd" in said
+    assert "make build" in said
+
+
+def test_an_operator_with_other_arguments_is_of_another_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(_C.OPERATORS, "geglu", 2)
+    said = str(_C._load("cpu"))
+    assert "is of another version than the Python code: its geglu takes another number" in said
 
 
 def test_an_unknown_cpu_path_is_an_error() -> None:

@@ -16,9 +16,28 @@ import torch
 
 from . import settings
 
+# Every operator of csrc/library.cpp, and how many arguments the Python code gives it.
+OPERATORS = {
+    "feed_forward": 6,
+    "gather_windows": 7,
+    "geglu": 1,
+    "group_norm_silu": 11,
+    "group_norm_silu_backward": 12,
+    "group_norm_statistics": 2,
+    "halve": 2,
+    "interpolate_grid": 4,
+    "philox4x32": 2,
+    "philox_normal": 4,
+    "scatter_mean": 12,
+    "scatter_mean_step": 16,
+    "token_attention": 8,
+    "vq_nearest": 2,
+    "winograd": 6,
+}
+
 HOW_TO_BUILD = (
-    "build them with `pip install --no-build-isolation -e .` in the repository (`make build` does "
-    "it too), or install a wheel; `ssldiff doctor` shows what was found"
+    "build them anew with `pip install --no-build-isolation -e .` in the repository (`make build` "
+    "does it too), or install a wheel; `ssldiff doctor` shows what was found"
 )
 
 
@@ -36,6 +55,20 @@ def _load(device: str) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path} does not load with torch {torch.__version__} ({error})"
+    difference = _difference()
+    return None if difference is None else f"{path} {difference}"
+
+
+def _difference() -> str | None:
+    """What an operator of the loaded library says of its age; None where all are as expected."""
+    for name, expected in OPERATORS.items():
+        operator = getattr(torch.ops.ssldiff, name, None)
+        if operator is None:
+            return f"is older than the Python code: it has no operator {name}"
+        given = len(operator.default._schema.arguments)
+        if given != expected:
+            what = f"its {name} takes another number of arguments ({given}, not {expected})"
+            return f"is of another version than the Python code: {what}"
     return None
 
 
@@ -47,10 +80,10 @@ if torch.version.cuda is not None:
 
 
 def require(call: str) -> None:
-    """Raise RuntimeError with the way out if the operators are not built."""
+    """Raise RuntimeError with the way out if the operators are not built, or are older."""
     if CPU_PROBLEM is not None:
         raise RuntimeError(
-            f"{call}: the compiled operators are missing ({CPU_PROBLEM}); {HOW_TO_BUILD}."
+            f"{call}: the compiled operators cannot be used ({CPU_PROBLEM}); {HOW_TO_BUILD}."
         )
 
 

@@ -29,7 +29,8 @@ def test_missing_operators_are_reported(
 ) -> None:
     monkeypatch.setattr(_C, "CPU_PROBLEM", "libssldiff_cpu.so is not there")
     assert cli.main(["doctor"]) == 0
-    assert "MISSING: libssldiff_cpu.so is not there; build them with" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "NOT USABLE: libssldiff_cpu.so is not there; build them anew with" in shown
 
 
 def test_what_is_broken_becomes_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def operator_facts() -> Facts:
     from .. import _C
 
     if _C.CPU_PROBLEM is not None:
-        return {"CPU operators": f"MISSING: {_C.CPU_PROBLEM}; {_C.HOW_TO_BUILD}"}
+        return {"CPU operators": f"NOT USABLE: {_C.CPU_PROBLEM}; {_C.HOW_TO_BUILD}"}
     info = _C.build_info()
     return {
         "CPU operators": f"built for {info['machine']}, running the {info['cpu_path']} path",

@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from ssldiff_fast._checks import check_count
 from ssldiff_fast.canvas.bands import micro_batches
+from ssldiff_fast.canvas.decode import DecodeSettings
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.noise import canvas_noise, check_seed
 from ssldiff_fast.canvas.presets import Preset
+from ssldiff_fast.canvas.trial import fitting_tiles, fitting_windows
 from ssldiff_fast.diffusion.guidance import guide
 from ssldiff_fast.diffusion.solvers import apply_step, denoised, get_solver
 from ssldiff_fast.models.ldm import LatentDiffusion
@@ -111,7 +113,8 @@ def synthesize_patches(
         seeds: how many images of each cell, with seeds `seed`, `seed` + 1, ...
         preset: solver, steps, eta and guidance: "fast", "paper", "authors" or a `Preset`.
         steps, guidance_scale, eta: in place of the preset's own.
-        batch_size: windows of one network call.
+        batch_size: windows of one network call; on a GPU halved before the run starts until one
+            fits into memory.
         format: "png", "jpeg", or "shards": tar files of 1,000 PNGs, each with its JSON beside,
             as WebDataset reads them.
         quality: of JPEG, 90 by default.
@@ -126,6 +129,7 @@ def synthesize_patches(
     Raises:
         ValueError: the grid is of another encoder, has NaN or no valid cell; a setting is out of
             range; the folder holds patches of another recipe. Nothing has been written then.
+        MemoryError: not even one window fits into the GPU's memory. Nothing has been written then.
         OSError: the folder cannot be made or written, or the disk is full; the patches that are
             there are whole, and the same call goes on.
         RuntimeError: NaN or infinity appeared; the message names the patch.
@@ -257,8 +261,11 @@ class _PatchSampler:
     """Embeddings in, pixels out."""
 
     def __init__(self, model: LatentDiffusion, grid: Grid, preset: Preset, batch_size: int) -> None:
-        self.model, self.grid, self.preset, self.batch_size = model, grid, preset, batch_size
+        self.model, self.grid, self.preset = model, grid, preset
         self._denoiser = LDMDenoiser(model)
+        self.batch_size = fitting_windows(
+            self._denoiser, batch_size, most=batch_size, guided=preset.guidance_scale != 1.0
+        )
         self._steps = get_solver(preset.solver)(
             model.schedule,
             model.schedule.timesteps(preset.steps, preset.spacing),
@@ -269,7 +276,8 @@ class _PatchSampler:
         self._ranks = {(row, column): rank for rank, (row, column) in enumerate(places)}
         self._device = next(model.unet.parameters()).device
         on_cpu = self._device.type == "cpu"
-        self._decoded = min(batch_size, CPU_TILES) if on_cpu else batch_size
+        settings = DecodeSettings(batch_size=min(batch_size, CPU_TILES) if on_cpu else batch_size)
+        self._decoded = fitting_tiles(model, model.window, settings).batch_size
 
     @property
     def size_px(self) -> tuple[int, int]:

@@ -133,7 +133,8 @@ def synthesize(
             in memory that does not grow with the image, while they are decoded and written; the
             bytes are the same. "auto" takes it for large canvases.
         batch_size: windows of one network call, at most; belongs to the recipe. "auto" takes the
-            fastest that fits into memory, by a short measurement before the run starts.
+            fastest that fits into memory, by a short measurement before the run starts. On a GPU a
+            number that does not fit is halved until it does, before the run starts.
         format, georeference, codec, quality: of the file, as for `slides.open_writer`.
         device, dtype, execution: for a model that is loaded here, as `sf.load` takes them; load it
             yourself for anything else.
@@ -152,6 +153,7 @@ def synthesize(
     Raises:
         ValueError: the grid is of another encoder or width, has NaN, or is smaller than one
             window; a setting is out of range. Nothing has been written then.
+        MemoryError: not even one window fits into the GPU's memory. Nothing has been written then.
         OSError: the output exists or cannot be written.
         RuntimeError: NaN or infinity appeared; the message names step and window.
     """

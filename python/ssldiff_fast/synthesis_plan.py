@@ -26,14 +26,16 @@ from ssldiff_fast.canvas.sampler import StepCallback, sample
 from ssldiff_fast.canvas.stages import Rows
 from ssldiff_fast.canvas.state import StateFolder
 from ssldiff_fast.canvas.tile_decoder import Pixels
+from ssldiff_fast.canvas.trial import fitting_tiles, fitting_windows
 from ssldiff_fast.canvas.wavefront import sample_rows
 from ssldiff_fast.canvas.wide import Where
+from ssldiff_fast.canvas.windows import ShiftedWindows
 from ssldiff_fast.encoders.spec import EncoderSpec
 from ssldiff_fast.models.conditioner import PatchRegionConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.models.local_autoencoder import Statistics
 from ssldiff_fast.ops import philox_normal
-from ssldiff_fast.ops.window_plan import window_strides
+from ssldiff_fast.ops.window_plan import WindowPlan, window_strides
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.pixel_band import PixelBand
 
@@ -152,7 +154,7 @@ class Plan:
         geometry: Geometry,
         batch_size: int,
     ) -> Plan:
-        """A plan of settings that fit together."""
+        """A plan of settings that fit together, and of batches that fit into a GPU's memory."""
         window, wrap = model.window, geometry.wraps
         size = (grid.shape[0] * window[0], grid.shape[1] * window[1])
         stride, tiles = geometry.stride, preset.decode_stride(window)
@@ -165,8 +167,15 @@ class Plan:
         )
         embeddings, valid = background_filled(model, grid)
         masked = geometry.mask and not bool(grid.valid.all())
+        network = LDMDenoiser(model)
+        batch_size = fitting_windows(
+            network,
+            batch_size,
+            most=_widest(windows, preset.steps),
+            guided=preset.guidance_scale != 1.0,
+        )
         denoiser = CanvasDenoiser(
-            LDMDenoiser(model),
+            network,
             windows,
             GridField(embeddings, window, preset.interpolation, valid=valid, wrap=wrap),
             guidance_scale=preset.guidance_scale,
@@ -182,6 +191,7 @@ class Plan:
             weights=preset.decode_weights,
             batch_size=_tiles_at_once(model, batch_size),
         )
+        decode = fitting_tiles(model, size, decode)
         return cls(model, grid, preset, geometry, denoiser, decode, batch_size)
 
     @property
@@ -367,6 +377,12 @@ def _continued(
     for band in bands:
         index = torch.arange(-pads[1], band.shape[2] + pads[1]) % band.shape[2]
         yield band.index_select(2, index.to(band.device)) if pads[1] else band
+
+
+def _widest(windows: WindowPlan | ShiftedWindows, steps: int) -> int:
+    """Windows of a window row, at most."""
+    plans = [windows] if isinstance(windows, WindowPlan) else map(windows, range(steps))
+    return max(len(plan.origins_x) for plan in plans)
 
 
 def _tiles_at_once(model: LatentDiffusion, batch_size: int) -> int:

@@ -51,13 +51,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         choose_batch_size(broken, most=4)
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")]
-)
-def test_the_cpus_lack_of_memory_is_known(error: Exception) -> None:
-    assert micro_batch.is_out_of_memory(error)
-
-
 def test_the_search_ends_after_some_seconds() -> None:
     ticks = itertools.count(0, 4)
     calls: list[int] = []

@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
-
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
+from ssldiff_fast.canvas.trial import evaluate, is_out_of_memory
 
 if TYPE_CHECKING:
     from ssldiff_fast.models.ldm import LatentDiffusion
@@ -23,7 +22,6 @@ MOST = {"cpu": 32, "cuda": 256}
 WORTH = 1.03
 # No further size is tried after so many seconds.
 _SECONDS = 6.0
-_T = 500.0
 
 
 def choose_batch_size(
@@ -75,24 +73,8 @@ def auto_batch_size(model: LatentDiffusion, *, guided: bool) -> int:
     denoiser = LDMDenoiser(model)
     device = next(model.unet.parameters()).device
 
-    @torch.no_grad()
     def seconds(size: int) -> float:
-        x = torch.zeros(size, denoiser.channels, *denoiser.window, device=device)
-        cells = torch.ones(size, denoiser.conditioner.tokens, denoiser.conditioner.width)
-        state = denoiser.prepare(cells, cells[:1] if guided else None)
-        index = torch.arange(size)
-        taken = 0.0
-        for _ in range(2):  # the first loads and chooses kernels
-            start = time.perf_counter()
-            denoiser(x, _T, state, index).sum().item()
-            taken = time.perf_counter() - start
-        return taken
+        evaluate(denoiser, size, guided=guided)  # loads and chooses kernels
+        return evaluate(denoiser, size, guided=guided)
 
     return choose_batch_size(seconds, most=MOST.get(device.type, MOST["cuda"]))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device or the allocator of the CPU had too little memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return "not enough memory" in str(error)

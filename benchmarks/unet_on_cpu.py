@@ -52,7 +52,7 @@ def without_each(pairs: Pairs) -> dict[str, Evaluation]:
         changes["feed_forward"] = patch(
             "ssldiff_fast.models.feed_forward.is_fused", lambda *_: False
         )
-        changes["products by oneDNN"] = patch.object(products, "_has_onednn", lambda: False)
+        changes["products by oneDNN"] = patch.object(products, "has_onednn", lambda: False)
     else:
         changes["geglu"] = patch("ssldiff_fast.models.feed_forward.geglu", _plain_geglu)
         changes["attention by products"] = patch(

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ssldiff_fast import _C
-from ssldiff_fast.models.attention import SpatialTransformer
+from ssldiff_fast.models.attention import BasicTransformerBlock
+from ssldiff_fast.models.compvis_unet import is_compvis_shaped, turn_into_ours
+from ssldiff_fast.models.feed_forward import GEGLU
 from ssldiff_fast.models.fused_unet import why_not
-from ssldiff_fast.models.products import linear
+from ssldiff_fast.models.group_norm import GroupNormSiLU
+from ssldiff_fast.models.products import has_onednn, linear
 from ssldiff_fast.models.unet import UNet
 from ssldiff_fast.models.winograd import Conv3x3, serves
 
@@ -75,10 +78,12 @@ class OneTokenProcessor:
 def optimize(network: Network) -> Network:
     """Put faster layers of the same result into a network, in place, and say which.
 
-    For `UNet` and CompVis' own, for diffusers' UNet2DConditionModel, and for any other network as
-    far as its layers are of a known kind: channels-last weights; 3x3 convolutions and products of
-    inference on a CPU by `Conv3x3` and oneDNN; attention to a single token of diffusers' blocks
-    without queries and keys. Names, shapes and values of all parameters stay.
+    `UNet` has them already. A U-Net of the CompVis code becomes one (a `CompVisUNet`, of the same
+    parameters and call), if a trial shows that both compute the same. diffusers'
+    UNet2DConditionModel, and any other network, gets them as far as its layers are of a known kind:
+    channels-last weights; 3x3 convolutions, products and gates of inference on a CPU by `Conv3x3`,
+    oneDNN and `geglu`; attention to a single token of diffusers' blocks without queries and keys.
+    Names, shapes and values of all parameters stay.
 
     A network whose layers are of no known kind is left as it is, and the log says so.
 
@@ -96,45 +101,68 @@ def optimize(network: Network) -> Network:
             f"optimize: network is a {type(network).__name__}, but a torch.nn.Module was expected; "
             "give the U-Net itself (pipeline.unet, model.unet)."
         )
-    if any(isinstance(module, nn.Conv2d) for module in network.modules()):
-        network.to(memory_format=torch.channels_last)
-    applied = _own(network) if isinstance(network, UNet) else _replaced(network)
     name = type(network).__name__
-    if applied:
-        logger.info("optimize: %s: %s", name, ", ".join(applied))
+    if is_compvis_shaped(network) and not isinstance(network, UNet):
+        reason = turn_into_ours(network)
+        if reason is not None:
+            logger.info("optimize: %s keeps its blocks: %s", name, reason)
+    layout = _channels_last(network)
+    applied = _own(network) if isinstance(network, UNet) else _replaced(network)
+    if layout or applied:
+        logger.info("optimize: %s: %s", name, ", ".join([*layout, *applied]))
     else:
         logger.warning("optimize: %s is used as it is: none of its layers is of a known kind", name)
     return network
 
 
+def _channels_last(network: nn.Module) -> list[str]:
+    count = _count(network, nn.Conv2d)
+    if count:
+        network.to(memory_format=torch.channels_last)
+    return [f"{count} convolutions channels-last"] if count else []
+
+
 def _own(unet: UNet) -> list[str]:
-    """What our U-Net does by itself."""
-    convolutions = sum(isinstance(m, Conv3x3) and serves(m) for m in unet.modules())
-    applied = ["channels-last", "shared guidance prefix", "group_norm_silu"]
-    if any(isinstance(module, SpatialTransformer) for module in unet.modules()):
-        applied.append("token_attention with prepared tokens")
-    device = next(unet.parameters()).device.type
-    if device == "cuda" and why_not(unet) is None:
-        applied += ["fused maps", "CUDA graphs when it samples"]
-    if device == "cpu":
-        applied.append("products by oneDNN")
-        applied += [f"{convolutions} convolutions by Winograd"] if convolutions else []
+    """What our U-Net does by itself in inference, in its dtype and where it is."""
+    parameter = next(unet.parameters())
+    blocks = _count(unet, BasicTransformerBlock)
+    applied = [f"{_count(unet, GroupNormSiLU)} norms and SiLU by group_norm_silu"]
+    if blocks:
+        applied += [
+            "shared guidance prefix",
+            f"{blocks} attentions to few tokens by token_attention",
+            f"{blocks} self-attentions with one product for q, k and v",
+        ]
+    if parameter.device.type == "cuda" and why_not(unet) is None:
+        applied.append("when it samples fused maps and CUDA graphs")
+    if parameter.device.type == "cpu":
+        if parameter.dtype == torch.float32:
+            applied += ["products by oneDNN"] if has_onednn() else []
+            fused = blocks and _C.has_vectors()
+            applied += [f"{blocks} feed-forwards in one pass"] if fused else []
+        elif blocks and parameter.dtype in (torch.bfloat16, torch.float16):
+            applied.append(f"{blocks} gates in one pass")
+        served = sum(isinstance(m, Conv3x3) and serves(m) for m in unet.modules())
+        applied += [f"{served} convolutions by Winograd"] if served else []
     return applied
 
 
 def _replaced(network: nn.Module) -> list[str]:
     """Change the classes of layers whose subclass here takes the same parameters."""
-    products = convolutions = 0
+    products = convolutions = gates = 0
     if next(network.parameters(), torch.empty(0)).device.type == "cpu" and _C.CPU_PROBLEM is None:
         for module in network.modules():
-            if type(module) is nn.Linear:
+            if type(module) is nn.Linear and _takes_onednn(module):
                 module.__class__ = Product
-                products += 1
             elif type(module) is nn.Conv2d and _is_3x3(module) and serves(module):
                 module.__class__ = Conv3x3
-                convolutions += 1
+            elif _is_diffusers_geglu(module):
+                module.__class__ = GEGLU
+        products, gates = _count(network, Product), _count(network, GEGLU)
+        convolutions = _count(network, Conv3x3)
     applied = [f"{products} products by oneDNN"] if products else []
     applied += [f"{convolutions} convolutions by Winograd"] if convolutions else []
+    applied += [f"{gates} gates in one pass"] if gates else []
     processors = getattr(network, "attn_processors", None)
     put_back: Any = getattr(network, "set_attn_processor", None)
     if isinstance(processors, dict) and put_back is not None:
@@ -148,6 +176,22 @@ def _replaced(network: nn.Module) -> list[str]:
         count = sum(isinstance(processor, OneTokenProcessor) for processor in found.values())
         applied += [f"{count} attentions that skip queries and keys of one token"] if count else []
     return applied
+
+
+def _count(network: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in network.modules())
+
+
+def _takes_onednn(layer: nn.Linear) -> bool:
+    """Whether PyTorch would send a product elsewhere, which it does in float32 alone."""
+    return layer.weight.dtype == torch.float32 and has_onednn()
+
+
+def _is_diffusers_geglu(module: Any) -> bool:
+    """Whether a module is diffusers' gated GELU, which is computed as ours is."""
+    kind = type(module)
+    named = kind.__name__ == "GEGLU" and kind.__module__.startswith("diffusers.")
+    return named and isinstance(getattr(module, "proj", None), nn.Linear)
 
 
 def _is_3x3(conv: nn.Conv2d) -> bool:

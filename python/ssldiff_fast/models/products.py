@@ -104,7 +104,8 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return logits.softmax(-1) @ value
 
 
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
+    """Whether this PyTorch multiplies by oneDNN on a CPU."""
     return bool(torch.backends.mkldnn.enabled) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -126,7 +127,7 @@ def _takes_onednn(x: Tensor, *others: Any) -> bool:
     given = [x, *(other for other in others if other is not None)]
     # Any stride but the contiguous one falls to a loop that is a thousand times slower.
     plain = all(type(t) in _PLAIN and t.is_contiguous() and t.dtype == x.dtype for t in given)
-    return plain and _has_onednn()
+    return plain and has_onednn()
 
 
 def _fake_geglu(projected: Tensor) -> Tensor:

@@ -228,7 +228,8 @@ def synthesize(
             start = time.perf_counter()
             if in_order == "wavefront":
                 rows = plan.rows(seed, durable=sink.durable, scratch=scratch, **shared)
-                with Background(sink.take) as background:
+                # Closed here, for a failed run then saves its state while the folder is its own.
+                with contextlib.closing(rows), Background(sink.take) as background:
                     for band in needed(rows, sink.first):
                         background.put(band)
                     denoised = time.perf_counter()

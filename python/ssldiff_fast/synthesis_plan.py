@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -295,7 +295,7 @@ class Plan:
         durable: Callable[[], int],
         progress: bool,
         scratch: Where = None,
-    ) -> Iterator[Rows]:
+    ) -> Generator[Rows]:
         """Rows [C, n, W] of the denoised canvas as they become final, in the wavefront order."""
         width, channels = self.canvas_denoiser.size[1], self.model.latent_channels
         device = next(self.model.unet.parameters()).device

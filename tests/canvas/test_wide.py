@@ -33,6 +33,22 @@ def test_what_was_written_stays_when_it_is_released(tmp_path: Path, dtype: torch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_of_a_band_are_read_past_the_map(tmp_path: Path, dtype: torch.dtype) -> None:
+    spill = Spill(tmp_path)
+    values = torch.arange(2 * 3 * 7 * 111).view(2, 3, 7, 111).to(dtype)
+    spill.empty(5000, like=values).fill_(1)  # so that the band begins somewhere
+    band = spill.empty(2, 3, 7, 111, like=values)
+    band.copy_(values)
+    for held in (band, band[1], band[:, :, 2:], values, values.transpose(1, 2)):
+        for rows in (slice(None), slice(1, 3), slice(2, 2), slice(4, 99)):
+            for columns in (slice(None), slice(5, 50), slice(110, 111)):
+                part = spill.read(held, rows, columns)
+                assert torch.equal(part, held[..., rows, columns])
+                assert part.data_ptr() != held.data_ptr()
+                assert Memory().read(held, rows, columns).shape == part.shape
+
+
 def test_space_is_used_again_and_tensors_do_not_overlap(tmp_path: Path) -> None:
     spill, like = Spill(tmp_path), torch.empty(0)
     held = [spill.empty(100, 1000, like=like).fill_(number) for number in range(60)]

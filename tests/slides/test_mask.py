@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ssldiff_fast.slides.mask as mask_module
 from slide_files import blank_image, tissue_image
 from ssldiff_fast.slides import ImageSlide, slide_mask, tissue_mask
 from ssldiff_fast.slides.mask import cell_fractions
@@ -60,6 +61,17 @@ def test_a_mask_image_of_any_size_is_read(tmp_path: Path) -> None:
     assert mask.shape == (64, 80)
     assert mask[:, :40].all()
     assert not mask[:, 40:].any()
+
+
+def test_a_thumbnail_is_smoothed_in_bands_as_it_would_be_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thumbnail = tissue_image(300, 500)
+    bands = tissue_mask(thumbnail), mask_module._smoothed(thumbnail)
+    monkeypatch.setattr(mask_module, "_BAND_ROWS", 1000)
+    np.testing.assert_array_equal(bands[0], tissue_mask(thumbnail))
+    for made, whole in zip(bands[1], mask_module._smoothed(thumbnail)):
+        np.testing.assert_array_equal(made, whole)
 
 
 def test_geojson_polygons_are_filled_without_their_holes(tmp_path: Path) -> None:

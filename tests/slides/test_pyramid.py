@@ -102,6 +102,69 @@ def test_openslide_finds_mpp_levels_and_text(tmp_path: Path) -> None:
         assert again.mpp == pytest.approx(0.2527, rel=1e-6)
 
 
+@pytest.mark.parametrize("format", ["tif", "universal"])
+@pytest.mark.parametrize("codec", ["jpeg", "deflate"])
+def test_random_regions_are_equal_in_three_readers(tmp_path: Path, format: str, codec: str) -> None:
+    image = tissue_image(
+        2304, 1696
+    )  # exactly halved, as OpenSlide's regions lie between pixels else
+    path = write(tmp_path / "a.tif", image, codec=codec, format=format)
+    levels, pages = pyramid_of(image), tifffile_levels(path)
+    random = np.random.default_rng(0)
+    with openslide.OpenSlide(path) as slide:
+        for _ in range(30):
+            level = int(random.integers(len(levels)))
+            columns, rows = slide.level_dimensions[level]
+            width, height = (
+                int(random.integers(1, columns // 2)),
+                int(random.integers(1, rows // 2)),
+            )
+            x, y = int(random.integers(columns - width)), int(random.integers(rows - height))
+            here = slice(y, y + height), slice(x, x + width)
+            corner = (x << level, y << level)
+            by_openslide = slide.read_region(corner, level, (width, height))
+            whole = pyvips.Image.new_from_file(str(path), page=level)
+            regions = [
+                np.asarray(by_openslide)[..., :3].astype(int),
+                whole.crop(x, y, width, height).numpy().astype(int),
+                pages[level][here].astype(int),
+            ]
+            for region in regions:
+                # Decoders of one standard.
+                assert np.abs(region - regions[-1]).max() <= (0 if codec == "deflate" else 1)
+                error = np.abs(region - levels[level][here]).mean()
+                assert error == 0 if codec == "deflate" else error < JPEG_ERROR
+
+
+def test_an_image_is_wider_than_a_jpeg_could_be(tmp_path: Path) -> None:
+    image = colours(70_000, 20)
+    path = write(tmp_path / "a.tif", image)
+    for levels in (openslide_levels(path), tifffile_levels(path), vips_levels(path, 8)):
+        assert levels[0].shape == image.shape
+        assert np.abs(levels[0].astype(int) - image).mean() < JPEG_ERROR
+    write(tmp_path / "a.dzi", image)
+    wide = open_slide(tmp_path / "a.dzi")
+    assert wide.size_px == (70_000, 20)
+    last = np.asarray(wide.read_region_at(69_000, 0, 1000, 20, out_size=(1000, 20)))
+    assert np.abs(last.astype(int) - image[:, 69_000:]).mean() < JPEG_ERROR
+
+
+def test_tiles_lie_beyond_the_4_gib_of_a_classic_tiff(tmp_path: Path) -> None:
+    image, far = colours(600, 300), 5 * 2**30
+    with open_writer(tmp_path / "a.tif", 600, 300, 0.5, codec="deflate") as writer:
+        writer.write_rows(image[:256])
+        writer._cascade.drain()
+        writer._sink._file.seek(far)  # a hole, which takes no room
+        writer._sink._end = far
+        writer.write_rows(image[256:])
+    expected = pyramid_of(image)
+    for read in (openslide_levels, tifffile_levels, lambda path: vips_levels(path, 2)):
+        for level, want in zip(read(tmp_path / "a.tif"), expected, strict=True):
+            np.testing.assert_array_equal(level, want)
+    with tifffile.TiffFile(tmp_path / "a.tif") as tiff:
+        assert max(tiff.pages[0].dataoffsets) >= far
+
+
 def test_every_level_has_the_tags_that_readers_need(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tif", tissue_image(1301, 1100))
     with tifffile.TiffFile(path) as tiff:

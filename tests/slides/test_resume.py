@@ -219,15 +219,48 @@ def test_without_a_folder_there_is_nothing_to_save(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_vanishes_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_folder_that_vanishes_is_named(tmp_path: Path, name: str) -> None:
+    require(name)
     folder = tmp_path / "out"
     folder.mkdir()
-    writer = open_writer(folder / "a.tif", 64, 64, 0.5, tile=16)
+    options = {} if name == "a.png" else {"tile": 16}
+    writer = open_writer(folder / name, 64, 64, 0.5, **options)
     writer.write_rows(np.zeros((16, 64, 3), np.uint8))
     shutil.rmtree(folder)
-    with pytest.raises(OSError, match=r"output folder .*out has vanished while a\.tif was written"):
+    with pytest.raises(OSError, match=rf"folder .*out has vanished while {name} was written"):
         writer.write_rows(np.zeros((16, 64, 3), np.uint8))
     writer.abort()
+
+
+KILL_ONE = """
+import os, signal, sys
+import numpy as np
+from ssldiff_fast.slides import open_writer
+writer = open_writer(sys.argv[1], 64, 64, 0.5)
+writer.write_rows(np.zeros((16, 64, 3), np.uint8))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_killed_run_without_a_state_left_is_removed_by_the_next(
+    tmp_path: Path, name: str
+) -> None:
+    require(name)
+    command = [sys.executable, "-c", KILL_ONE, name]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert len(list(tmp_path.iterdir())) in (1, 2)
+    elsewhere = tmp_path / f".{name}.another_machine-1.part"
+    elsewhere.write_text("of a run that may live")
+    other = open_writer(tmp_path / f"my.{name}", 64, 64, 0.5)  # of this process, which does
+    kept = {path.name for path in tmp_path.iterdir() if path.name.startswith(".my.")}
+    with open_writer(tmp_path / name, 64, 64, 0.5) as writer:
+        writer.write_rows(np.zeros((64, 64, 3), np.uint8))
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert left == {*kept, elsewhere.name}
+    other.abort()
 
 
 FILL_THE_DISK = """

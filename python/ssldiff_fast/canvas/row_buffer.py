@@ -54,22 +54,18 @@ class Bands:
         for band in self._bands:
             bottom = top + band.shape[-2]
             if top < end and bottom > begin:
-                part = _columns(band[..., max(0, begin - top) : end - top, :], columns)
-                if self._wide.spills:
-                    part = part.clone()
-                    self._wide.release(band)
-                parts.append(part)
+                rows = slice(max(0, begin - top), end - top)
+                parts.append(self._columns(band, rows, columns))
             top = bottom
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
-
-def _columns(band: Tensor, columns: range | None) -> Tensor:
-    if columns is None:
-        return band
-    width = band.shape[-1]
-    if columns.stop <= width:
-        return band[..., columns.start : columns.stop]
-    return torch.cat((band[..., columns.start :], band[..., : columns.stop - width]), dim=-1)
+    def _columns(self, band: Tensor, rows: slice, columns: range | None) -> Tensor:
+        width = band.shape[-1]
+        if columns is None or columns.stop <= width:
+            here = slice(None) if columns is None else slice(columns.start, columns.stop)
+            return self._wide.read(band, rows, here)
+        parts = slice(columns.start, width), slice(0, columns.stop - width)
+        return torch.cat([self._wide.read(band, rows, part) for part in parts], dim=-1)
 
 
 class RowBuffer(Bands):
@@ -122,7 +118,10 @@ class RowBuffer(Bands):
     def _check(self, band: Tensor) -> None:
         height, width = self._size
         check_shape(self._name.rstrip("s"), band, "C n W", {"W": width}, call=self._call)
-        check_finite(self._name.rstrip("s"), band, call=self._call)
+        share = self._wide.share(band.shape[1], band[:, :1].nbytes)
+        for y in range(0, band.shape[1], share):
+            rows = self._wide.read(band, slice(y, y + share), slice(None))
+            check_finite(self._name.rstrip("s"), rows, call=self._call)
         end = self.end + band.shape[1]
         if end > height:
             raise ValueError(

@@ -8,7 +8,7 @@ finished long before its last are begun, and the bytes are those of the plain or
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def sample_rows(
     durable: Callable[[], int] | None = None,
     scratch: Where = None,
     progress: bool = False,
-) -> Iterator[Rows]:
+) -> Generator[Rows]:
     """Denoise a canvas in the wavefront order and hand on its rows as they become final.
 
     Args:
@@ -56,8 +56,9 @@ def sample_rows(
             What is handed on lies there too. On a GPU rows stay where they are.
 
     Returns:
-        An iterator of `Rows`, from top to bottom without gap; of one canvas without a batch axis
-        `Rows.canvas` is [C, n, W]. A run that goes on starts from the row that `durable` had named.
+        A generator of `Rows`, from top to bottom without gap; of one canvas without a batch axis
+        `Rows.canvas` is [C, n, W]. A run that goes on starts from the row that `durable` had named;
+        one that is closed early saves its state first.
     """
     call = "sample_rows"
     if not isinstance(denoiser, CanvasDenoiser):
@@ -97,7 +98,7 @@ class Wavefront:
         self._handed: list[Rows] = []  # and not durable yet
 
     @torch.no_grad()
-    def rows(self) -> Iterator[Rows]:
+    def rows(self) -> Generator[Rows]:
         """The final rows, from top to bottom."""
         start = self._start
         found = self._run.start(

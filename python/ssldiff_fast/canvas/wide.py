@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import operator
 import os
 import tempfile
 import threading
@@ -48,6 +49,15 @@ class Memory:
     def share(self, count: int, each: int) -> int:
         """How many of `count` things of `each` bytes are worked on at once."""
         return max(1, count)
+
+    def read(
+        self,
+        band: Tensor,  # [..., n, W]
+        rows: slice,
+        columns: slice,
+    ) -> Tensor:
+        """A part of a band, [..., n', w]; here a view."""
+        return band[..., rows, columns]
 
     def pixels(self, rows: int, width: int) -> Rows | PixelBand:
         """An uninitialised band of pixels, written by columns: `band[:, a:b] = pixels`."""
@@ -125,15 +135,34 @@ class Spill(Memory):
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            for slab in self._slabs:
+            slab, storage = self._slab_of(tensor), tensor.untyped_storage()
+            if slab is not None:
                 place = storage.data_ptr() - slab.address
-                if 0 <= place < len(slab.map):
-                    slab.map.madvise(mmap.MADV_DONTNEED, place, _paged(storage.nbytes()))
-                    break
+                slab.map.madvise(mmap.MADV_DONTNEED, place, _paged(storage.nbytes()))
 
     def share(self, count: int, each: int) -> int:
         return max(1, min(count, _PIECE_BYTES // max(1, each)))
+
+    def read(self, band: Tensor, rows: slice, columns: slice) -> Tensor:
+        """A copy, past the map: a page of it that is touched brings its neighbours along."""
+        slab, part = self._slab_of(band), band[..., rows, columns]
+        if slab is None or not band.is_contiguous():
+            return part.clone()
+        copy = torch.empty_like(part, memory_format=torch.contiguous_format)
+        if copy.numel():
+            begin = slab.offset + part.data_ptr() - slab.address
+            strides = [stride * band.element_size() for stride in part.stride()[:-1]]
+            lines = copy.view(torch.uint8).view(-1, copy.shape[-1] * band.element_size()).numpy()
+            for line, index in zip(lines, np.ndindex(*part.shape[:-1])):
+                place = begin + sum(map(operator.mul, index, strides))
+                if os.preadv(self._file.fileno(), [line.data], place) != len(line):
+                    raise OSError("a file of rows that wait has become shorter")
+        return copy
+
+    def _slab_of(self, tensor: Tensor) -> _Slab | None:
+        address = tensor.untyped_storage().data_ptr()
+        inside = (slab for slab in self._slabs if 0 <= address - slab.address < len(slab.map))
+        return next(inside, None)
 
     def _place(self, count: int) -> tuple[_Slab, int, int]:
         """Room for so many bytes: a slab, the place in it, and its size in whole pages."""

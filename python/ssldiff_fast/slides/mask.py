@@ -27,6 +27,8 @@ BLACK = 50.0
 # Smaller specks go, smaller holes are filled.
 SPECK_UM2 = 2_500.0
 HOLE_UM2 = 2_500.0
+# Rows of a thumbnail that are smoothed at once, and those beyond them that the Gaussian sees.
+_BAND_ROWS, _REACH = 256, 4
 # A mask file may be this much off the slide's aspect ratio.
 ASPECT_TOLERANCE = 0.03
 
@@ -48,14 +50,32 @@ def tissue_mask(
     Returns:
         bool [h, w].
     """
-    from skimage.filters import gaussian, threshold_otsu
+    from skimage.filters import threshold_otsu
 
-    smooth = gaussian(thumbnail.astype(np.float32), sigma=1, channel_axis=-1)  # [h, w, 3]
-    chroma = smooth.max(-1) - smooth.min(-1)
+    chroma, black = _smoothed(thumbnail)
     threshold = np.clip(threshold_otsu(chroma), *CHROMA_RANGE)  # of a constant: that constant
-    mask = (chroma > threshold) & ~((smooth.max(-1) < BLACK) & (chroma < CHROMA_RANGE[1]))
+    mask = (chroma > threshold) & ~(black & (chroma < CHROMA_RANGE[1]))
+    del chroma, black  # large, and what follows makes arrays as large
     mask = _without_small(mask, SPECK_UM2 / mpp**2)
     return ~_without_small(~mask, HOLE_UM2 / mpp**2)
+
+
+def _smoothed(thumbnail: RGB) -> tuple[NDArray[np.float32], Mask]:
+    """Chroma without scanner noise, and where it is dark: [h, w] each, made band by band."""
+    from skimage.filters import gaussian
+
+    height = len(thumbnail)
+    chroma = np.empty(thumbnail.shape[:2], np.float32)
+    black = np.empty(thumbnail.shape[:2], bool)
+    for top in range(0, height, _BAND_ROWS):
+        begin, end = max(0, top - _REACH), min(height, top + _BAND_ROWS + _REACH)
+        smooth = gaussian(
+            thumbnail[begin:end].astype(np.float32), sigma=1, truncate=_REACH, channel_axis=-1
+        )[top - begin :][:_BAND_ROWS]
+        rows = slice(top, top + len(smooth))
+        chroma[rows] = smooth.max(-1) - smooth.min(-1)
+        black[rows] = smooth.max(-1) < BLACK
+    return chroma, black
 
 
 def _without_small(mask: Mask, area: float) -> Mask:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -19,10 +20,14 @@ if TYPE_CHECKING:
 
 # Left free beside what a file is estimated to need, so that the machine goes on working.
 SPARE_BYTES = 64 * 2**20
+# Names of parts say whose they are: a folder may be shared by machines.
+_HOST = re.sub(r"\W", "_", socket.gethostname())
 
 
 def check_output(path: str | os.PathLike[str], *, overwrite: bool = False, needs: int = 0) -> Path:
     """Checks, before any work starts, that a file can be written.
+
+    What a process that was killed has left of it is removed.
 
     Args:
         path: the file to be written.
@@ -52,6 +57,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False, needs
             "overwrite=True (command line: --overwrite)"
         )
     _check_writable(folder)
+    _remove_leftovers(path)
     check_space(path, needs)
     return path
 
@@ -71,6 +77,15 @@ def check_space(path: Path, needs: int, *, files: int = 0) -> None:
                 f"the output {path} needs about {files} files and its disk takes {status.f_favail} "
                 "more: choose .tif, which is one file, or another disk"
             )
+
+
+def check_there(path: Path, part: Path) -> None:
+    """Raises OSError where the part of an output has gone while it is written."""
+    if not part.exists():
+        raise OSError(
+            f"the output folder {path.parent} has vanished while {path.name} was written: make it "
+            "again, and begin anew"
+        )
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -112,7 +127,35 @@ def part_path(path: Path, *, kept: bool = False) -> Path:
 
     What is kept for a later process to go on with has the same name in all of them.
     """
-    return path.with_name(f".{path.name}.part" if kept else f".{path.name}.{os.getpid()}.part")
+    who = "" if kept else f".{_HOST}-{os.getpid()}"
+    return path.with_name(f".{path.name}{who}.part")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what processes of this machine that were killed have left of an output, unkept."""
+    name = rf"\.{re.escape(path.name)}(\.json)?\.{re.escape(_HOST)}-(\d+)\.(part|rows).*"
+    names = re.compile(name)
+    with contextlib.suppress(OSError):
+        for entry in path.parent.iterdir():
+            found = names.fullmatch(entry.name)
+            if found is None or _is_alive(int(found[2])):
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":  # where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def publish(part: Path, path: Path) -> None:

@@ -21,6 +21,7 @@ from .output import (
     atomic,
     atomic_bytes,
     check_output,
+    check_there,
     part_path,
     write_error,
 )
@@ -95,6 +96,7 @@ class PngWriter(RowWriter):
         if self._file.closed:
             raise RuntimeError(f"{self.path} is closed: no more rows can be written")
         rows = self._raster.check_rows(rows, self._rows)
+        check_there(self.path, self._part)
         data = np.ascontiguousarray(rows).reshape(-1).data
         try:
             while data:

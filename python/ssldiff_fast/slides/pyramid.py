@@ -16,7 +16,15 @@ from typing import Any
 
 from .cascade import Cascade
 from .levels import check_tile
-from .output import RowWriter, atomic_bytes, check_output, check_space, part_path, write_error
+from .output import (
+    RowWriter,
+    atomic_bytes,
+    check_output,
+    check_space,
+    check_there,
+    part_path,
+    write_error,
+)
 from .raster import recipe_json, sidecar
 from .reduction import REDUCTIONS, Reduction
 from .tile_sink import TileSink
@@ -151,11 +159,7 @@ class PyramidWriter(RowWriter):
         rows = self._raster.check_rows(rows, self.rows_written)
         with self._breaking():
             while len(rows):
-                if not self._part.exists():
-                    raise OSError(
-                        f"the output folder {self.path.parent} has vanished while "
-                        f"{self.path.name} was written: make it again, and begin anew"
-                    )
+                check_there(self.path, self._part)
                 rows = rows[self._cascade.take(rows) :]
 
     @contextlib.contextmanager

@@ -53,7 +53,9 @@ def tissue_mask(
     from skimage.filters import threshold_otsu
 
     chroma, black = _smoothed(thumbnail)
-    threshold = np.clip(threshold_otsu(chroma), *CHROMA_RANGE)  # of a constant: that constant
+    low, high = float(chroma.min()), float(chroma.max())
+    # Of what is nearly constant the histogram has no bins.
+    threshold = np.clip(threshold_otsu(chroma) if high - low > 0.1 else low, *CHROMA_RANGE)
     mask = (chroma > threshold) & ~(black & (chroma < CHROMA_RANGE[1]))
     del chroma, black  # large, and what follows makes arrays as large
     mask = _without_small(mask, SPECK_UM2 / mpp**2)

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -52,6 +51,7 @@ from ssldiff_fast.models.load import load
 from ssldiff_fast.ops import philox_normal
 from ssldiff_fast.slides.encode import encode
 from ssldiff_fast.synthesis import synthesize
+from timing import peak_resident
 
 PARTS = ("overhead", "state", "memory", "mask", "presets")
 ROWS = (1_024, 4_096, 16_384, 65_536)
@@ -146,7 +146,7 @@ def stub_rows(rows: int) -> None:
         GridField(grid, STUB_WINDOW),
         guidance_scale=preset.guidance_scale,
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     made, start = 0, time.perf_counter()
     for band in sample_rows(
         canvas,
@@ -158,9 +158,9 @@ def stub_rows(rows: int) -> None:
         made += band.canvas.shape[1]
     if made != rows:
         raise RuntimeError(f"{made} of {rows} rows were made")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_resident()
     seconds = time.perf_counter() - start
-    print(json.dumps({"peak_mb": peak / 1e3, "before_mb": before / 1e3, "seconds": seconds}))
+    print(json.dumps({"peak_mb": peak, "before_mb": before, "seconds": seconds}))
 
 
 def memory() -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -12,11 +12,12 @@ them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import ssldiff_fast as sf
 from report import aim, save
 from ssldiff_fast.encoders.spec import EncoderSpec
 from ssldiff_fast.slides.writers import open_writer
+from timing import peak_resident
 
 CELL_PX, WIDTH, MPP = 128, 8, 0.5
 GROWTH = 0.05
@@ -42,6 +44,31 @@ class Stub:
     def __call__(self, cells: Tensor) -> Tensor:
         means = cells[:, ::16, ::16].float().mean((1, 2))
         return means.repeat(1, WIDTH)[:, None, :WIDTH]
+
+
+class Children:
+    """Watches the processes that this one starts: megabytes of the largest's peak."""
+
+    def __init__(self) -> None:
+        self.peak = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Children:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.1):
+            for listed in Path("/proc/self/task").glob("*/children"):
+                # A process, or a thread of this one, may end at any moment.
+                with contextlib.suppress(OSError, StopIteration):
+                    for process in listed.read_text().split():
+                        self.peak = max(self.peak, peak_resident(process))
 
 
 def write(path: Path, side: int) -> None:
@@ -58,18 +85,15 @@ def write(path: Path, side: int) -> None:
 
 def one(path: Path, out: Path) -> dict[str, Any]:
     """Encodes a slide; this process's peak memory, and the largest of those that read ahead."""
-    start = time.perf_counter()
-    grid = sf.encode(path, Stub(), out=out, progress=False)
-    seconds = time.perf_counter() - start
-    peak, ahead = (
-        resource.getrusage(who).ru_maxrss / 1024
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    with Children() as children:
+        start = time.perf_counter()
+        grid = sf.encode(path, Stub(), out=out, progress=False)
+        seconds = time.perf_counter() - start
     cells = int(grid.valid.sum())
     return {
         "cells": cells,
-        "peak_megabytes": round(peak, 1),
-        "peak_megabytes_ahead": round(ahead, 1),
+        "peak_megabytes": round(peak_resident(), 1),
+        "peak_megabytes_ahead": round(children.peak, 1),
         "grid_megabytes": round(grid.embeddings.nbytes / 2**20, 1),
         "seconds": round(seconds, 2),
         "cells_per_second": round(cells / seconds),

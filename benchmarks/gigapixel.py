@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -42,6 +41,7 @@ from ssldiff_fast.models.load import load
 from ssldiff_fast.ops import WindowPlan, philox_normal
 from ssldiff_fast.pipeline import Background, needed
 from ssldiff_fast.slides.writers import open_writer
+from timing import peak_resident
 
 WINDOW, FACTOR, CHANNELS, STEPS = 32, 4, 3, 4
 GROWTH = 0.05
@@ -116,7 +116,7 @@ def run(size_px: int, decoder: str, out: Path) -> dict[str, Any]:
                 background.put(band)
     seconds = time.perf_counter() - start
     return {
-        "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_megabytes": round(peak_resident(), 1),
         "seconds": round(seconds, 2),
         "megapixels_per_second": round(size_px**2 / 1e6 / seconds, 2),
         "file_megabytes": round(out.stat().st_size / 1e6, 1),

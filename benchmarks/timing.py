@@ -5,9 +5,22 @@ from __future__ import annotations
 
 import argparse
 
-from ssldiff_fast.bench.timing import alternate, copy_bandwidth, peak_megabytes, ratios_to
+from ssldiff_fast.bench.timing import (
+    alternate,
+    copy_bandwidth,
+    peak_megabytes,
+    peak_resident,
+    ratios_to,
+)
 
-__all__ = ["alternate", "arguments", "copy_bandwidth", "peak_megabytes", "ratios_to"]
+__all__ = [
+    "alternate",
+    "arguments",
+    "copy_bandwidth",
+    "peak_megabytes",
+    "peak_resident",
+    "ratios_to",
+]
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

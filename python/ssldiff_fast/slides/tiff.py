@@ -35,6 +35,8 @@ TILE = 256
 # The coarsest level fits this square, so that a viewer shows the whole slide at once.
 SMALLEST_LEVEL_PX = 512
 _IMAGE_DESCRIPTION = 270
+# So many bytes are sent to the disk at once while tiles come: an fsync then waits for the last.
+_SENT_BYTES = 2**23
 
 
 class TiffSink(TileSink):
@@ -79,12 +81,12 @@ class TiffSink(TileSink):
         if saved is None:
             self._offsets = np.zeros(self._starts[-1], np.uint64)
             self._counts = np.zeros(self._starts[-1], np.uint32)
-            self._end = HEADER_BYTES
+            self._end = self._sent = HEADER_BYTES
             self._file = open(part, "w+b")  # noqa: SIM115 - closed by close
             self._file.write(file_header(0))
             return
         self._offsets, self._counts = saved["offsets"], saved["counts"]
-        self._end = int(saved["end"])
+        self._end = self._sent = int(saved["end"])
         if part.stat().st_size < self._end:
             raise OSError(
                 f"{part} is shorter than its saved state says: remove both to begin the output anew"
@@ -104,6 +106,16 @@ class TiffSink(TileSink):
         self._offsets[index] = self._end + (len(framed) - len(data)) // 2
         self._counts[index] = len(data)
         self._end += len(framed)
+        if self._end - self._sent >= _SENT_BYTES:
+            self._send()
+
+    def _send(self) -> None:
+        """Has the disk begin with what was written, without waiting for it."""
+        file, self._sent, begin = self._opened, self._end, self._sent
+        if hasattr(os, "posix_fadvise"):
+            file.flush()
+            length = self._end - begin
+            os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_DONTNEED)
 
     def framed(self, data: bytes) -> bytes:
         """A tile with what stands before and behind it in the file, as much as before."""

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ssldiff_fast.ops.vq_nearest import vq_nearest
+from ssldiff_fast.training.codes import codes_from_latents
 from ssldiff_fast.training.encoder import nt_xent
-from ssldiff_fast.training.vae import codes_from_latents, gradient_difference
+from ssldiff_fast.training.vae import gradient_difference
 
 
 def plain_nt_xent(a: torch.Tensor, b: torch.Tensor, temperature: float) -> float:

@@ -82,6 +82,49 @@ def test_the_tuned_model_has_what_was_trained_and_the_rest_bit_for_bit(
     assert again.statistics
 
 
+def test_a_teacher_is_followed_instead_of_the_images(
+    trained: Workshop, tuned: Path, tmp_path: Path
+) -> None:
+    """From a decoder that was changed, back to the one before."""
+    model = sf.load(tuned / "start")
+    torch.manual_seed(0)
+    latent = torch.randn(4, 3, 4, 4)
+    with torch.no_grad():
+        wanted = model.vae.decode(latent, quantize=False)
+        model.vae.decoder.conv_out.weight.mul_(0.5)
+        model.vae.decoder.conv_out.bias.add_(0.5)
+        off = float((model.vae.decode(latent, quantize=False) - wanted).abs().mean())
+    model.save_pretrained(tmp_path / "off")
+    fit = {**FIT, "steps": 60, "learning_rate": 1e-2, "warmup_steps": 1, "ema_decay": 0.5}
+    away = {}
+    for name, teacher in (("teacher", str(tuned / "start")), ("images", None)):
+        recipe = decoder(trained, tmp_path, fit=fit, teacher=teacher, colour_weight=1.0)
+        vae = train_vae(recipe, trained.root, tmp_path / name, start=str(tmp_path / "off"), **QUIET)
+        with torch.no_grad():
+            away[name] = float((vae.decode(latent, quantize=False) - wanted).abs().mean())
+    assert away["teacher"] < 0.5 * off
+    assert away["teacher"] < 0.8 * away["images"]
+
+
+def test_a_teacher_must_have_the_same_latents(
+    trained: Workshop, tuned: Path, tmp_path: Path
+) -> None:
+    root, run, start = trained.root, tmp_path / "run", str(tuned / "start")
+    model = sf.load(start)
+    with torch.no_grad():
+        model.vae.quant_conv.weight.mul_(2)
+    model.save_pretrained(tmp_path / "other")
+    for changes, error, words in (
+        ({"teacher": str(tmp_path / "other")}, ValueError, r"of .*start makes other latents"),
+        ({"teacher": start, "decoder_only": False}, ValueError, r"a teacher .*set decoder_only"),
+        ({"teacher": "nowhere"}, FileNotFoundError, "nowhere"),
+    ):
+        recipe = decoder(trained, tmp_path, **changes)
+        with pytest.raises(error, match=words):
+            train_vae(recipe, root, run, start=start, **QUIET)
+    assert not run.exists()
+
+
 def test_either_run_may_be_missing(tuned: Path) -> None:
     start = sf.load(tuned / "start").published_state_dict()
     alone = load_tuned(tuned / "start", vae_folder=tuned / "vae").published_state_dict()

@@ -84,6 +84,9 @@ class VAERecipe(RunRecipe):
     fixed_share: float = Field(0.0, ge=0, le=1)
     agreement_weight: float = Field(1.0, ge=0)
     decoder_only: bool = False  # latents and codes stay as they are in the run that it starts from
+    # A model: what it makes of the latents is learnt, in place of the images. What was trained on
+    # its pictures, such as an encoder, stays good. With decoder_only.
+    teacher: str | None = None
 
 
 class EncoderRecipe(RunRecipe):

@@ -114,13 +114,13 @@ def _first_difference(given: Any, mine: Any) -> str:
     return f"{given!r}, not {mine!r}"
 
 
-def check_same_latents(vae: VQModel, model: LatentDiffusion, folder: Path) -> None:
-    """Raise ValueError where a run's autoencoder makes other latents than the model's."""
+def check_same_latents(vae: VQModel, model: LatentDiffusion, source: str | Path) -> None:
+    """Raise ValueError where an autoencoder, of `source`, makes other latents than the model's."""
     given, mine = vae.state_dict(), model.vae.state_dict()
     for name, value in _settled(mine).items():
         if name not in given or not torch.equal(given[name], value):
             raise ValueError(
-                f"the autoencoder in {folder} makes other latents than that of model "
+                f"the autoencoder of {source} makes other latents than that of model "
                 f"{model.name!r} ({name} differs); train it with decoder_only, starting from "
                 "that model"
             )

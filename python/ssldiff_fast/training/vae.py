@@ -7,7 +7,7 @@ forgiving), and the codebook then starts from latents.
 
 With `fixed_share`, some of each batch is decoded a second time with the norms' statistics over all
 batches, and both results are pulled together: a large canvas may then be decoded in parts, whose
-own statistics would show.
+own statistics would show. With `teacher` both are pulled to what that model's decoder makes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ssldiff_fast.models.autoencoder import VQModel
 from ssldiff_fast.ops import GroupNormStatistics
-from ssldiff_fast.ops.vq_nearest import vq_nearest
+from ssldiff_fast.training.codes import codes_from_latents
 from ssldiff_fast.training.data import PatchBatches, PatchPool
 from ssldiff_fast.training.fit import MovingAverage, Task, run
 from ssldiff_fast.training.folder import (
@@ -35,9 +35,13 @@ from ssldiff_fast.training.folder import (
 )
 from ssldiff_fast.training.population import PopulationStatistics
 from ssldiff_fast.training.recipe import VAERecipe, check_whole, read_recipe, read_run
-from ssldiff_fast.training.start import is_run, load_start_vae, vae_recipe_like
+from ssldiff_fast.training.start import (
+    check_same_latents,
+    is_run,
+    load_start_vae,
+    vae_recipe_like,
+)
 
-_KMEANS_STEPS = 10
 _LATENTS_PER_CODE = 32  # latents gathered per code before the codebook is made
 _LATENTS_PER_STEP = 4096
 _ASIDE = 96  # patches of what was set aside that are evaluated
@@ -52,26 +56,6 @@ def gradient_difference(
     """Mean absolute difference of horizontal and vertical finite differences: keeps edges sharp."""
     difference = a - b
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
-
-
-@torch.no_grad()
-def codes_from_latents(
-    latents: Tensor,  # [M, D] fp32
-    n_embed: int,
-) -> Tensor:  # [n_embed, D]
-    """Lloyd's algorithm from a random subset; a code that attracts nothing stays where it is.
-
-    With fewer latents than codes some codes are equal, and only the first of equals is used.
-    """
-    chosen = torch.randperm(len(latents), device=latents.device)[:n_embed]
-    codes = latents[chosen.repeat(-(-n_embed // len(chosen)))[:n_embed]].clone()
-    for _ in range(_KMEANS_STEPS):
-        _, indices = vq_nearest(latents, codes)
-        sums = torch.zeros_like(codes).index_add_(0, indices, latents)
-        counts = torch.bincount(indices, minlength=n_embed)
-        used = counts > 0
-        codes[used] = sums[used] / counts[used, None]
-    return codes
 
 
 def build_vae(recipe: VAERecipe) -> VQModel:
@@ -103,6 +87,7 @@ class VAETask(Task):
         self.population = PopulationStatistics(self.model) if recipe.fixed_share else None
         self.quantised = recipe.unquantised_steps == 0
         self.aside: Tensor | None = None  # [N, 3, S, S]
+        self._teacher: list[VQModel] = []  # not a part, which would be trained and saved
         self._recent: list[Tensor] = []
         if recipe.decoder_only:
             for part in (self.model.encoder, self.model.quant_conv, self.model.quantize):
@@ -118,24 +103,37 @@ class VAETask(Task):
         both = self.population is not None and self.quantised
         with self.population.watch() if both and self.population else nullcontext():
             out = self.model.decode(latent, quantize=False).float()
-        loss = self._reconstruction(out, x)
+        target = self._target(latent, x)
+        loss = self._reconstruction(out, target)
         if both:
-            loss = self._with_fixed(loss, out, latent, x)
+            loss = self._with_fixed(loss, out, latent, target)
         if self.logs:
             mse = F.mse_loss(out.detach(), x)
             self.log("psnr", 10 * torch.log10(4.0 / mse), prog_bar=True)
             self.log("latent_std", z.detach().std())
         return loss + extra
 
-    def _with_fixed(self, loss: Tensor, out: Tensor, latent: Tensor, x: Tensor) -> Tensor:
+    def follow(self, teacher: VQModel) -> None:
+        """From here on what the teacher makes of the latents is learnt."""
+        self._teacher = [teacher.requires_grad_(False).eval()]
+
+    @torch.no_grad()
+    def _target(self, latent: Tensor, x: Tensor) -> Tensor:
+        """What is to be decoded: the image, or the teacher's."""
+        if not self._teacher:
+            return x
+        teacher = self._teacher[0].to(x.device, memory_format=_layout(x))
+        return teacher.decode(latent, quantize=False).float()
+
+    def _with_fixed(self, loss: Tensor, out: Tensor, latent: Tensor, target: Tensor) -> Tensor:
         """The mean loss of both ways to decode, and what they differ by."""
         assert self.population is not None
-        count = max(1, round(self.recipe.fixed_share * len(x)))
+        count = max(1, round(self.recipe.fixed_share * len(target)))
         fixed = self.population.fixed().decode(latent[:count], quantize=False).float()
         apart = (fixed - out[:count]).abs().mean()
         if self.logs and torch.is_grad_enabled():  # not of what was set aside
             self.log("grey_levels_apart", 127.5 * apart.detach(), prog_bar=True)
-        loss = 0.5 * (loss + self._reconstruction(fixed, x[:count]))
+        loss = 0.5 * (loss + self._reconstruction(fixed, target[:count]))
         return loss + self.recipe.agreement_weight * apart
 
     def held_out(self) -> dict[str, Tensor]:
@@ -150,13 +148,16 @@ class VAETask(Task):
         x = x.contiguous(memory_format=_layout(x))
         latent, _ = self.model.quantize(self.model.encode(x).float())
         own = self.model.decode(latent, quantize=False).float()
-        figures = {"held_out_psnr": _psnr(own, x), "held_out_loss": self._reconstruction(own, x)}
+        target = self._target(latent, x)
+        loss = self._reconstruction(own, target)
+        figures = {"held_out_psnr": _psnr(own, x), "held_out_loss": loss}
+        if self._teacher:
+            figures["held_out_grey_levels_off"] = _grey_levels(own, target)
         if self.population is not None:
             fixed = self.population.fixed().decode(latent, quantize=False).float()
             figures["held_out_psnr_fixed"] = _psnr(fixed, x)
-            apart = (fixed.clamp(-1, 1) - own.clamp(-1, 1)).abs().mean()
-            figures["held_out_grey_levels_apart"] = 127.5 * apart
-            figures["held_out_loss"] = self._with_fixed(figures["held_out_loss"], own, latent, x)
+            figures["held_out_grey_levels_apart"] = _grey_levels(fixed, own)
+            figures["held_out_loss"] = self._with_fixed(loss, own, latent, target)
         return figures
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -216,6 +217,11 @@ def _psnr(image: Tensor, x: Tensor) -> Tensor:
     return (10 * torch.log10(4.0 / mse)).mean()
 
 
+def _grey_levels(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of images in [-1, 1], of 255."""
+    return 127.5 * (a.clamp(-1, 1) - b.clamp(-1, 1)).abs().mean()
+
+
 def _rows(
     z: Tensor,  # [B, D, h, w]
 ) -> Tensor:  # [B h w, D]
@@ -254,7 +260,7 @@ def train_vae(
         FileNotFoundError: no such recipe, folder or image.
         FileExistsError: `folder` has a checkpoint and `resume` is false.
         ValueError: the recipe is wrong, or not that of the run to go on with, or it trains the
-            decoder only and there is nothing to start from.
+            decoder only and there is nothing to start from, or the teacher's latents are others.
         KeyboardInterrupt: after Ctrl-C, once the step under way is done and saved.
     """
     since = time.perf_counter()
@@ -265,8 +271,15 @@ def train_vae(
             f"{recipe.unquantised_steps} and starting from {start}; set unquantised_steps to 0 and "
             "name a model, or the folder of a trained autoencoder, with --start"
         )
+    if recipe.teacher is not None and not recipe.decoder_only:
+        raise ValueError(
+            f"the recipe has a teacher ({recipe.teacher}), so latents must stay as they are; set "
+            "decoder_only"
+        )
     L.seed_everything(recipe.fit.seed, verbose=False)
     task = VAETask(recipe) if start is None else _start_task(recipe, start)
+    if recipe.teacher is not None and start is not None:
+        task.follow(_teacher(recipe.teacher, task.model, start))
     task.model.to(memory_format=_layout(torch.empty(0, device=device)))
     _check_crop(recipe, task.model)
     pool = pool or PatchPool(images, data)
@@ -320,6 +333,14 @@ def _start_task(recipe: VAERecipe, start: str | Path) -> VAETask:
     if task.population is not None:
         task.population.take(model.statistics)
     return task
+
+
+def _teacher(name: str, vae: VQModel, source: str | Path) -> VQModel:
+    """The autoencoder of a model, which makes the latents of the one from `source`."""
+    model = load_start_vae(name)
+    check_same_latents(vae, model, source)
+    assert isinstance(model.vae, VQModel)
+    return model.vae
 
 
 @torch.no_grad()

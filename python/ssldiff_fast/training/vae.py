@@ -122,7 +122,7 @@ class VAETask(Task):
         """What is to be decoded: the image, or the teacher's."""
         if not self._teacher:
             return x
-        teacher = self._teacher[0].to(x.device, memory_format=_layout(x))
+        teacher = self._teacher[0].to(x.device).to(memory_format=_layout(x))
         return teacher.decode(latent, quantize=False).float()
 
     def _with_fixed(self, loss: Tensor, out: Tensor, latent: Tensor, target: Tensor) -> Tensor:

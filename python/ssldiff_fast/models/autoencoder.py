@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ssldiff_fast.models.autoencoder_blocks import Decoder, Encoder
+from ssldiff_fast.models.products import conv1x1
 from ssldiff_fast.ops.vq_nearest import vq_nearest
 
 _DDCONFIG_DEFAULTS: dict[str, Any] = {
@@ -114,6 +116,23 @@ class Codebook(nn.Module):
         return quantized, indices.view(rows.shape[:3])
 
 
+class Projection(nn.Conv2d):
+    """A 1x1 convolution as the product that it is; parameters as torch's.
+
+    PyTorch's own takes another algorithm on one thread than on several, and rounds differently.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, h, w]
+    ) -> Tensor:  # [B, out, h, w]
+        """The convolution of `x`."""
+        return conv1x1(x.contiguous(memory_format=torch.channels_last), self)
+
+
 class VQModel(_Autoencoder):
     """VQ-regularised autoencoder (VQ-f4 in the paper, section 4), as CompVis names its parameters.
 
@@ -132,8 +151,8 @@ class VQModel(_Autoencoder):
         self._build(ddconfig, embed_dim, double_z=False)
         self.n_embed = n_embed
         self.quantize = Codebook(n_embed, embed_dim)
-        self.quant_conv = nn.Conv2d(self.ddconfig["z_channels"], embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, self.ddconfig["z_channels"], 1)
+        self.quant_conv = Projection(self.ddconfig["z_channels"], embed_dim)
+        self.post_quant_conv = Projection(embed_dim, self.ddconfig["z_channels"])
 
     def encode(
         self,
@@ -173,8 +192,8 @@ class AutoencoderKL(_Autoencoder):
     def __init__(self, *, ddconfig: Mapping[str, Any], embed_dim: int) -> None:
         super().__init__()
         self._build(ddconfig, embed_dim, double_z=True)
-        self.quant_conv = nn.Conv2d(2 * self.ddconfig["z_channels"], 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, self.ddconfig["z_channels"], 1)
+        self.quant_conv = Projection(2 * self.ddconfig["z_channels"], 2 * embed_dim)
+        self.post_quant_conv = Projection(embed_dim, self.ddconfig["z_channels"])
 
     def moments(
         self,

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssldiff_fast.models.products import linear
+
 # What makes the unconditional token, said in configurations for their readers.
 _NULL = "zeros"
 
@@ -182,10 +184,10 @@ def _check_sizes(call: str, **sizes: int) -> None:
             raise ValueError(f"{call}: {name}={size!r}, expected a positive integer.")
 
 
-def _project(linear: nn.Linear, embeddings: Tensor, *, normalize: bool) -> Tensor:
+def _project(layer: nn.Linear, embeddings: Tensor, *, normalize: bool) -> Tensor:
     # Normalised in float32 whatever the precision of the network: half precision would round
     # the direction, which is all that is left of the embedding.
     embeddings = embeddings.float()
     if normalize:
         embeddings = F.normalize(embeddings, dim=-1)
-    return linear(embeddings.to(linear.weight.dtype))
+    return linear(embeddings.to(layer.weight.dtype), layer.weight, layer.bias)

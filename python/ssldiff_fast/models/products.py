@@ -64,7 +64,7 @@ def widened(
     """The layer with its parameters in the dtype of `x`."""
     assert isinstance(layer, nn.Linear)  # for the type checker
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
+    return linear(x, layer.weight.to(x.dtype), bias)
 
 
 def twice(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared by all tests: GPU tests run only where there is a GPU, and every test starts from the
-same seed."""
+same seed and keeps its threads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ssldiff_fast import _C
+from ssldiff_fast.models import threads
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _given_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test's threads or log lines depend on what else this machine does."""
+    monkeypatch.setattr(threads, "_usual_numbers", set)
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])

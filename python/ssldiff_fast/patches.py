@@ -27,6 +27,7 @@ from ssldiff_fast.canvas.trial import fitting_tiles, fitting_windows
 from ssldiff_fast.diffusion.guidance import guide
 from ssldiff_fast.diffusion.solvers import apply_step, denoised, get_solver
 from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.models.threads import measured_threads
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.output import atomic_bytes, check_output, make_folder
 from ssldiff_fast.slides.patch_files import (
@@ -102,8 +103,8 @@ def synthesize_patches(
     The noise of a patch is a function of seed, X and Y, and its place in a batch one of seed and
     cell; every batch has `batch_size` windows. So a patch does not depend on which others of the
     grid are made with it, before or after. The recipe fixes what its rounding depends on: grid,
-    batch size, precision and solver; beyond it there are the kind of processor and, on some, the
-    number of threads.
+    batch size, precision and solver; beyond it there are the kind of processor and the version of
+    PyTorch.
 
     Args:
         model: a loaded model, or what `sf.load` takes.
@@ -161,13 +162,16 @@ def synthesize_patches(
     start = time.perf_counter()
     images = sampler.images(list(itertools.chain.from_iterable(todo.values())))
     total = sum(map(len, files.values()))
-    with tqdm(
-        total=total,
-        initial=total - count,
-        desc="patches",
-        unit="patch",
-        disable=not progress,
-    ) as bar:
+    with (
+        measured_threads(loaded),
+        tqdm(
+            total=total,
+            initial=total - count,
+            desc="patches",
+            unit="patch",
+            disable=not progress,
+        ) as bar,
+    ):
         for made in writer.write(todo, images):
             bar.update(made)
     seconds = time.perf_counter() - start

@@ -11,7 +11,8 @@
 
 The build reads `SSLDIFF_CUDA`, `SSLDIFF_CUDA_ARCHS`, `CUDA_HOME` and `SSLDIFF_VIEWER` in setup.py,
 before the package exists. The number of threads is PyTorch's (`OMP_NUM_THREADS`,
-`torch.set_num_threads`).
+`MKL_NUM_THREADS`, `torch.set_num_threads`); where none is given, fewer may be taken
+(`models.threads`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def has_display() -> bool:
     if sys.platform != "linux":
         return True
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def has_thread_number() -> bool:
+    """Whether the user says how many threads there are."""
+    return bool(os.environ.get("OMP_NUM_THREADS") or os.environ.get("MKL_NUM_THREADS"))
 
 
 def library_dir() -> Path:

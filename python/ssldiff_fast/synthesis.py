@@ -30,6 +30,7 @@ from ssldiff_fast.canvas.state import (
 )
 from ssldiff_fast.canvas.wide import Spill
 from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.models.threads import measured_threads
 from ssldiff_fast.pipeline import STATISTICS, Background, PixelSink, needed
 from ssldiff_fast.slides.cog import Georeference
 from ssldiff_fast.slides.grid import Grid
@@ -112,8 +113,8 @@ def synthesize(
 ) -> Synthesis:
     """Synthesize the large image that a grid describes (paper section 3.2) and write it.
 
-    The same model, grid, seed and settings give the same bytes, after any interruption, on one
-    kind of machine, version of PyTorch and, on a CPU, number of threads (the file's "environment").
+    The same model, grid, seed and settings give the same bytes, after any interruption and on any
+    number of threads, on one kind of machine and version of PyTorch (the file's "environment").
 
     Args:
         model: a loaded model, or what `sf.load` takes.
@@ -201,7 +202,7 @@ def synthesize(
         "overwrite": overwrite,
     }
     in_order = _settle_order(order, plan, callback)
-    with _kept(state, resume) as kept:
+    with _kept(state, resume) as kept, measured_threads(loaded):
         if kept is not None:
             options["metadata"] = kept.metadata(metadata)
             options["state"] = kept.writer

@@ -99,9 +99,9 @@ class CanvasDenoiser:
     canvas and result only a few window rows are in memory.
 
     What the bytes depend on: the network and its device, dtype and library versions, the windows,
-    the field, the guidance, the mask and `batch_size`. Not on the threads that our operators use,
-    nor on the order in which canvas rows are finished. (PyTorch's convolutions on a CPU do round
-    differently with another number of threads.)
+    the field, the guidance, the mask and `batch_size`. Not on the order in which canvas rows are
+    finished, nor on the number of threads with our networks. (PyTorch's convolutions on a CPU, in
+    others, do round differently with another.)
 
     Args:
         denoiser: The network for windows.

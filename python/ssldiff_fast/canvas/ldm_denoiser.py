@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssldiff_fast.models.execution import Network, network_for
+from ssldiff_fast.models.threads import timed
 
 if TYPE_CHECKING:
     from ssldiff_fast.models.ldm import LatentDiffusion
@@ -104,7 +105,8 @@ class LDMDenoiser:
             assert not isinstance(context, Tensor)  # for the type checker
             # Twice as many contexts as windows are guided pairs, which share what both have in
             # common.
-            output = self.network(windows, self._time(t, state), context)
+            network, vectors = self.network, self._time(t, state)
+            output = timed(lambda: network(windows, vectors, context), len(context))
         return output.unflatten(0, (-1, x.shape[0])).to(x.device)
 
     @property

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ssldiff_fast.canvas.state_file import load, save
 from ssldiff_fast.canvas.wide import Memory
+from ssldiff_fast.models.threads import given_threads
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -314,7 +315,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
+        "threads": given_threads(),
     }
 
 

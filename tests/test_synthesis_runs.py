@@ -194,3 +194,20 @@ def test_the_command_stops_on_ctrl_c_and_goes_on_when_given_again(
     assert main([*words, str(out), "--resume", "--overwrite"]) == 2
     assert "holds no state to go on from" in capsys.readouterr().err
     assert main([*words, str(out), "--resume", "--no-state"]) == 2
+
+
+def test_reuse_belongs_to_the_recipe_and_is_refused_where_it_has_no_use(
+    model: LatentDiffusion, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"preset": "paper", "overwrite": True}
+    exact = make(model, tmp_path / "exact.png", **options)
+    made = make(model, tmp_path / "out.png", reuse=2, **options)
+    assert (exact.recipe["preset"]["reuse"], made.recipe["preset"]["reuse"]) == (1, 2)
+    assert made.path.read_bytes() != exact.path.read_bytes()
+    for changes, said in (
+        ({"preset": "fast"}, "synthesize: reuse is 2, but these windows move from step to step"),
+        ({"order": "wavefront"}, "synthesize: reuse is 2, but in the wavefront order"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            make(model, tmp_path / "none.tif", reuse=2, **{**options, **changes})
+    assert not list(tmp_path.glob("none*"))

@@ -20,6 +20,7 @@ from ssldiff_fast.canvas.micro_batch import auto_batch_size
 from ssldiff_fast.canvas.noise import check_seed
 from ssldiff_fast.canvas.presets import Preset
 from ssldiff_fast.canvas.preview import PreviewFile
+from ssldiff_fast.canvas.reuse import check_order
 from ssldiff_fast.canvas.sampler import ORDERS, StepCallback
 from ssldiff_fast.canvas.state import (
     StateFolder,
@@ -90,6 +91,7 @@ def synthesize(
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     eta: float | None = None,
+    reuse: int | None = None,
     stride: int | tuple[int, int] | None = None,
     decode_stride: int | tuple[int, int] | None = None,
     decoder: str | None = None,
@@ -124,6 +126,9 @@ def synthesize(
         preset: "fast", "paper" or "authors"; or a `Preset` of your own.
         steps, guidance_scale, guidance_interval, eta, stride: in place of the preset's own;
             `stride` in latents, one number or (y, x); the interval (low, high) in t, 0 to 999.
+        reuse: the network's lower levels are evaluated in every so many steps, and what they made
+            is used in the steps between. Changes the result (docs/options.md says by how much);
+            for windows that stay, plain order, models on a CPU, images of a few thousand pixels.
         decode_stride: distance between the reference decoder's tiles in latents, likewise.
         decoder: "reference" (the published overlapped tiles), "local" (disjoint tiles with a halo
             and fixed statistics) or "global" (the whole canvas at once), in place of the preset's.
@@ -164,6 +169,7 @@ def synthesize(
         guidance_scale=guidance_scale,
         guidance_interval=guidance_interval,
         eta=eta,
+        reuse=reuse,
     )
     if batch_size != "auto":
         batch_size = check_count("batch_size", batch_size, call="synthesize")
@@ -246,13 +252,14 @@ def synthesize(
 def _settle_order(order: str, plan: Plan, callback: StepCallback | None) -> str:
     """The order of a run; the bytes are the same in each."""
     if order == "auto":
-        whole = callback is not None or plan.geometry.wraps[0]
+        whole = callback is not None or plan.geometry.wraps[0] or plan.preset.reuse != 1
         return "wavefront" if plan.canvas_bytes > _WAVEFRONT_BYTES and not whole else "plain"
     if order == "wavefront" and callback is not None:
         raise ValueError(
             "synthesize: a callback or preview needs the whole canvas of a step, which the "
             "wavefront order never has; leave it out, or use order='plain'."
         )
+    check_order(order, plan.preset.reuse, call="synthesize")
     return order
 
 

@@ -22,6 +22,7 @@ from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.mask import TissueMask
 from ssldiff_fast.canvas.noise import INITIAL_STEP, canvas_noise
 from ssldiff_fast.canvas.presets import Preset, get_preset
+from ssldiff_fast.canvas.reuse import deep_maps
 from ssldiff_fast.canvas.sampler import StepCallback, sample
 from ssldiff_fast.canvas.stages import Rows
 from ssldiff_fast.canvas.state import StateFolder
@@ -77,8 +78,9 @@ def settle(preset: str | Preset, **changes: Any) -> Preset:
     """The preset with the caller's settings in place of its own."""
     chosen = preset if isinstance(preset, Preset) else get_preset(preset)
     given = {name: value for name, value in changes.items() if value is not None}
-    if "steps" in given:
-        given["steps"] = check_count("steps", given["steps"], call="synthesize")
+    for name in ("steps", "reuse"):
+        if name in given:
+            given[name] = check_count(name, given[name], call="synthesize")
     for name in ("guidance_scale", "eta"):
         if name in given:
             given[name] = check_number(name, given[name], call="synthesize")
@@ -184,6 +186,8 @@ class Plan:
             mask=TissueMask(grid.valid) if masked else None,
             background=glass_latent(model) if masked else None,
         )
+        if preset.reuse != 1:
+            deep_maps(denoiser, preset.reuse, 1, call="synthesize")  # refuses before work begins
         geometry = dataclasses.replace(geometry, stride=stride, mask=masked)
         decode = DecodeSettings(
             geometry.decoder or preset.decoder,
@@ -272,6 +276,7 @@ class Plan:
             spacing=self.preset.spacing,
             eta=self.preset.eta,
             seed=seed,
+            reuse=self.preset.reuse,
             state=state,
             resume=resume,
             recipe=self.recipe(),

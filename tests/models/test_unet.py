@@ -210,3 +210,25 @@ def test_a_wrong_input_is_named(
 def test_context_for_an_unconditioned_network_is_an_error() -> None:
     with pytest.raises(ValueError, match="context is given"):
         UNet(**TINY)(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 1, 16))
+
+
+def test_the_map_of_the_lower_levels_stands_for_them() -> None:
+    # With as many channels as groups a norm would undo what a timestep adds.
+    unet = fill(UNet(**{**TINY_CONDITIONED, "model_channels": 64}))
+    entered: list[int] = []
+    unet.middle_block.register_forward_hook(lambda *_: entered.append(1))
+    x = golden_input("x", 2, 3, 8, 8)
+    context = golden_input("context", 4, 1, 16)
+    with torch.no_grad():
+        exact, deep = unet.with_deep(x, torch.tensor(500), context)
+        again, kept = unet.with_deep(x, torch.tensor(500), context, deep)
+        other, _ = unet.with_deep(x, torch.tensor(400), context, deep)
+        whole = unet(x, torch.tensor(400), context)
+    assert len(entered) == 2
+    assert kept is deep
+    assert deep.shape == (4, unet.deep_width, 8, 8)
+    assert torch.equal(again, exact)
+    assert not torch.equal(other, exact)
+    assert not torch.equal(other, whole)
+    with pytest.raises(ValueError, match=r"deep has shape \[2, 128, 8, 8\], expected \[4, width"):
+        unet.with_deep(x, torch.tensor(500), context, deep[:2])

@@ -109,6 +109,22 @@ class LDMDenoiser:
             output = timed(lambda: network(windows, vectors, context), len(context))
         return output.unflatten(0, (-1, x.shape[0])).to(x.device)
 
+    @torch.no_grad()
+    def with_deep(
+        self,
+        x: Tensor,  # [B, C, h, w] fp32
+        t: float,
+        state: LDMState,
+        index: Tensor,  # [B] int64
+        deep: Tensor | None = None,  # [B or 2 B, width, h, w], of the same windows
+    ) -> tuple[Tensor, Tensor]:
+        """The model output, and what the U-Net's lower levels made; see `UNet.with_deep`."""
+        unet = self.model.unet
+        windows = x.to(next(unet.parameters()).dtype)
+        context = self._context(state, index)
+        output, deep = unet.with_deep(windows, self._time(t, state), context, deep)
+        return output.unflatten(0, (-1, x.shape[0])), deep
+
     @property
     def network(self) -> Network:
         """The U-Net in the form that is the fastest where it is, see `models.execution`."""

@@ -31,6 +31,8 @@ class Preset:
         decoder: Which decoder makes the pixels: "reference", "global" or "local".
         spacing: Spacing of the timesteps.
         guidance_interval: (low, high) in t outside of which there is no guidance; None: everywhere.
+        reuse: The network's lower levels are evaluated in every so many steps (`sample`); 1: in
+            all. Not for `shifted` windows.
         overlapped_steps: Last steps in which shifted windows overlap by a quarter, so that their
             borders blend.
     """
@@ -50,6 +52,7 @@ class Preset:
     spacing: str = "trailing"
     overlapped_steps: int = 0
     guidance_interval: tuple[float, float] | None = None
+    reuse: int = 1
 
     def stride(self, window: tuple[int, int]) -> tuple[int, int]:
         """The stride (y, x) in latents of regular windows."""

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssldiff_fast._checks import check_number
+from ssldiff_fast._checks import check_count, check_number
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser
 from ssldiff_fast.canvas.interrupt import Interrupted, StopRequest
 from ssldiff_fast.canvas.noise import canvas_noise, check_seed
+from ssldiff_fast.canvas.reuse import DeepMaps, Evaluate, begins, deep_maps
 from ssldiff_fast.canvas.stages import Rows, Stage, StepSettings, WholeStage
 from ssldiff_fast.canvas.state import Snapshot, StateFolder, going_on
 from ssldiff_fast.canvas.wide import Memory
@@ -50,6 +51,7 @@ class Settings:
         recipe: JSON values that say what else decides the bytes, such as the model's weights; a
             state of another recipe is refused.
         progress: show a progress bar.
+        reuse: the network's lower levels are evaluated in every so many steps; 1: in all.
     """
 
     schedule: Schedule
@@ -62,6 +64,7 @@ class Settings:
     resume: bool | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     progress: bool = False
+    reuse: int = 1
 
     def plan(self, prediction: str, call: str) -> list[AffineStep]:
         """The solver's steps, and the settings checked."""
@@ -92,12 +95,36 @@ class Run:
         self.batch = batch
         self.step_noise = step_noise
         self.saved = 0
+        self._begins, self._deep = self._reusing(call)
         self._keeps_denoised = keeps_denoised
         self._stop = StopRequest()
         self._bar: tqdm[Any] | None = None
         self._state: StateFolder | None = None
         self._owns_state = not isinstance(settings.state, StateFolder)
         self._done = 0  # network evaluations
+
+    def _reusing(self, call: str) -> tuple[list[bool], DeepMaps | None]:
+        """Which steps evaluate the whole network, and what the others reuse."""
+        reuse = check_count("reuse", self.settings.reuse, call=call)
+        if reuse == 1:
+            return [True] * len(self.steps), None
+        if not isinstance(self.denoiser, CanvasDenoiser):
+            raise ValueError(
+                f"{call}: reuse is {reuse}, but the denoiser is a {type(self.denoiser).__name__}, "
+                "which has no windows; pass a CanvasDenoiser, or leave it out."
+            )
+        maps = deep_maps(self.denoiser, reuse, self.batch, call=call)
+        return begins(self.denoiser, [step.time for step in self.steps], reuse), maps
+
+    def goes_on_from(self, number: int) -> bool:
+        """Whether a run can go on from the beginning of a step: none is before it whose maps the
+        step reuses."""
+        return self._begins[number]
+
+    @property
+    def reuses(self) -> bool:
+        """Whether steps reuse what others computed."""
+        return self._deep is not None
 
     @property
     def needs_history(self) -> bool:
@@ -128,9 +155,15 @@ class Run:
             background=self.denoiser.background,
             of_denoised=(step.denoised_x, step.denoised_output),
             after_batch=self._evaluated,
+            evaluate=self._evaluate(number),
         )
         plan = self.denoiser.plan(number)
         return WindowStage(plan, self.denoiser.evaluator, settings, in_place=in_place, wide=wide)
+
+    def _evaluate(self, number: int) -> Evaluate | None:
+        if self._deep is None:
+            return None
+        return self._deep.renew if self._begins[number] else self._deep.reuse
 
     def _given_noise(self, number: int, like: Tensor) -> Tensor | None:
         """Noise that the stage does not draw itself."""
@@ -280,6 +313,7 @@ def run_recipe(run: Run, order: str, shape: Sequence[int], noise: str) -> dict[s
         "steps": settings.steps,
         "spacing": settings.spacing,
         "eta": settings.eta,
+        "reuse": settings.reuse,
         "seed": run.seeds,
         "schedule": settings.schedule.to_config(),
         "prediction": denoiser.prediction,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssldiff_fast._checks import check_choice, check_shape
+from ssldiff_fast.canvas.reuse import check_order
 from ssldiff_fast.canvas.run import Run, Seeds, Settings, run_recipe
 from ssldiff_fast.canvas.stages import Rows, Stage
 from ssldiff_fast.canvas.start import NoiseRows, Start
@@ -53,6 +54,7 @@ def sample(
     eta: float = 0.0,
     seed: Seeds = 0,
     order: str = "plain",
+    reuse: int = 1,
     step_noise: Callable[[int], Tensor] | None = None,
     callback_on_step_end: StepCallback | None = None,
     state: StatePath | None = None,
@@ -82,6 +84,10 @@ def sample(
             batch one for all or one each.
         order: "plain" finishes each step before the next; "wavefront" lets every step follow one
             window height behind the one before (`sample_rows` hands on the rows as they come).
+        reuse: The network's lower levels are evaluated in every so many steps, and what they made
+            is used in the steps between; changes the result (docs/options.md). For a model on a
+            CPU, windows that are the same in every step, and images whose maps fit into
+            `reuse.MOST_BYTES`; plain order only. A state is then of a step that evaluates all.
         step_noise: Step (from 0) -> [C, H, W] noise, instead of the seed's; plain order only.
         callback_on_step_end: Called as (denoiser, step, t, {"latents": canvas, "denoised": x0})
             after every step, as in diffusers; a canvas returned under "latents" replaces ours.
@@ -102,8 +108,9 @@ def sample(
     """
     call = "sample"
     check_choice("order", order, ORDERS, call=call)
+    check_order(order, reuse, call=call)
     settings = Settings(
-        schedule, solver, steps, spacing, eta, seed, state, resume, recipe or {}, progress
+        schedule, solver, steps, spacing, eta, seed, state, resume, recipe or {}, progress, reuse
     )
     start = Start.of(noise, denoiser, call=call)
     if order == "wavefront":
@@ -180,6 +187,9 @@ class _PlainOrder:
         self._denoised = _allocate(start, "denoised", scratch) if run.needs_history else None
         self._number = 0
         self._stage: Stage | None = None
+        # Where steps reuse what others computed, and a state is kept: the canvas from which a run
+        # can go on.
+        self._kept: Snapshot | None = None
 
     def finish(self) -> Tensor:
         """All steps; the denoised canvas [B, C, H, W]."""
@@ -195,6 +205,7 @@ class _PlainOrder:
                     self._canvas[:, :, y:end] = self._start.rows(y, end)
             else:
                 self._restore(found)
+            self._keep()
             with run.attentive():
                 while self._number < len(run.steps):
                     self._step()
@@ -223,12 +234,26 @@ class _PlainOrder:
             self._call_back(self._callback)
         self._stage = None
         self._number += 1
+        self._keep()
         if self._number < len(self._run.steps):
             self._run.checkpoint(self._snapshot)
         elif self._run.keeps_result:
             self._run.checkpoint(self._snapshot, at_once=True)
 
+    def _keep(self) -> None:
+        if not self._run.reuses or self._run.settings.state is None:
+            return
+        if self._number == len(self._run.steps):
+            self._kept = None
+        elif self._run.goes_on_from(self._number):
+            now = self._snapshot_of_now()
+            copies = {name: tensor.clone() for name, tensor in now.tensors.items()}
+            self._kept = Snapshot(copies, now.numbers)
+
     def _snapshot(self) -> Snapshot:
+        return self._kept or self._snapshot_of_now()
+
+    def _snapshot_of_now(self) -> Snapshot:
         tensors, numbers = ({}, None) if self._stage is None else self._stage.snapshot()
         whole = {"canvas": self._canvas}
         if self._denoised is not None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ssldiff_fast.canvas.reuse import Evaluate
 from ssldiff_fast.diffusion.solvers import AffineStep, apply_step, denoised
 from ssldiff_fast.ops import WindowPlan
 
@@ -56,6 +57,7 @@ class StepSettings:
         background: [C, h, w] latent, repeated over the canvas, of what the mask leaves out.
         after_batch: called with the number of evaluations after every call of the network.
         of_denoised: (p, q) of x0 = p x + q output, which turns that latent into a model output.
+        evaluate: called for each micro-batch in place of the denoiser.
     """
 
     time: float
@@ -69,6 +71,7 @@ class StepSettings:
     background: Tensor | None = None
     of_denoised: tuple[float, float] | None = None
     after_batch: Callable[[int], None] | None = None
+    evaluate: Evaluate | None = None
 
     @property
     def counter(self) -> int:

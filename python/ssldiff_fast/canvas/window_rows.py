@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssldiff_fast.canvas.bands import micro_batches
 from ssldiff_fast.canvas.conditioning import Cond, join_conditioning
+from ssldiff_fast.canvas.reuse import Evaluate
 from ssldiff_fast.canvas.row_buffer import Bands
 from ssldiff_fast.canvas.wide import Memory
 from ssldiff_fast.ops import WindowPlan, gather_windows
@@ -97,12 +98,14 @@ class RowEvaluator:
         guided: bool,
         where: str,
         after_batch: Callable[[int], None] | None = None,
+        evaluate: Evaluate | None = None,
         wide: Memory | None = None,
     ) -> WindowRow:
         """The model outputs of window row `row`.
 
         `where` names the step in messages; `after_batch` is called with the number of evaluations
-        (a guided pair is two) after every call of the network; `wide` is where the outputs wait.
+        (a guided pair is two) after every call of the network; `evaluate` is called in place of the
+        denoiser; `wide` is where the outputs wait.
         """
         wide = wide or Memory()
         canvases, channels = rows.held[0].shape[:2]
@@ -125,9 +128,12 @@ class RowEvaluator:
             for members in group:
                 x = _members(crops, members - begin)
                 of_state = members % len(columns) if len(self.fields) == 1 else members
-                output = self.denoiser(x, time, state, of_state)
-                _check_shape(output, (pair, *x.shape), where)
                 here = int(members[0])
+                if evaluate is None:
+                    output = self.denoiser(x, time, state, of_state)
+                else:
+                    output = evaluate((row, here), x, time, state, of_state)
+                _check_shape(output, (pair, *x.shape), where)
                 there = min(here + len(members), count)
                 if len(batches) == 1 and not wide.spills:
                     whole = output

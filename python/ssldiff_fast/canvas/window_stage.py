@@ -107,6 +107,7 @@ class WindowStage:
             guided=self.settings.guidance_scale != 1.0,
             where=self.settings.where,
             after_batch=self.settings.after_batch,
+            evaluate=self.settings.evaluate,
             wide=self._wide,
         )
         self._held.append(outputs)

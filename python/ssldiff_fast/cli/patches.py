@@ -17,6 +17,7 @@ _IMAGES_ONLY = (
     "crs",
     "transform",
     "guidance_interval",
+    "reuse",
     "wrap",
     "mask",
     "order",

@@ -57,6 +57,11 @@ class BatchSize(click.IntRange):
     help="No guidance outside these times, of 0 to 999.",
 )
 @click.option("--eta", type=float, help="Share of fresh noise in each step of DDIM.")
+@click.option(
+    "--reuse",
+    type=click.IntRange(1),
+    help="The network's lower levels are evaluated in every so many steps [default: 1].",
+)
 @click.option("--stride", type=int, help="Stride of the windows in latents.")
 @click.option(
     "--decoder",
@@ -121,6 +126,7 @@ def command(
     guidance_scale: float | None,
     guidance_interval: tuple[float, float] | None,
     eta: float | None,
+    reuse: int | None,
     stride: int | None,
     decoder: str | None,
     decode_stride: int | None,
@@ -154,6 +160,7 @@ def command(
         "crs": crs,
         "transform": transform,
         "guidance_interval": guidance_interval,
+        "reuse": reuse,
         "wrap": wrap,
         "mask": mask or None,
         "order": None if order == "auto" else order,
@@ -199,6 +206,7 @@ def command(
         guidance_scale=guidance_scale,
         guidance_interval=guidance_interval,
         eta=eta,
+        reuse=reuse,
         stride=stride,
         decode_stride=decode_stride,
         decoder=decoder,

@@ -66,6 +66,11 @@ class UNet(nn.Module):
         for number, block in enumerate(self._res_blocks()):
             block.number = number
 
+    @property
+    def deep_width(self) -> int:
+        """Channels of what the lower levels hand to the outermost one."""
+        return self.config.model_channels * self.config.channel_mult[:2][-1]
+
     def _transformers(self) -> list[SpatialTransformer]:
         """Those that take a context, in the order in which they run."""
         return [module for module in self.modules() if isinstance(module, SpatialTransformer)]
@@ -186,24 +191,42 @@ class UNet(nn.Module):
         Raises:
             ValueError: a shape that does not fit; `context` missing, or given without need.
         """
+        return self.with_deep(x, t, context)[0]
+
+    def with_deep(
+        self,
+        x: Tensor,  # [B, C, h, w]
+        t: Tensor | TimeVectors,  # [B] or [], timesteps, or prepared
+        context: Tensor | PreparedContext | None = None,  # [B or 2 B, T, D], or prepared
+        deep: Tensor | None = None,  # [B or 2 B, width, h, w]
+    ) -> tuple[Tensor, Tensor]:  # [B or 2 B, out_channels, h, w], and like `deep`
+        """What `forward` returns, and what the lower levels hand to the outermost one.
+
+        With such a map, of the same windows at another timestep, only the outermost level is
+        evaluated (Ma et al., "DeepCache: accelerating diffusion models for free", CVPR 2024).
+
+        Raises:
+            ValueError: as `forward`; a map of another number of windows.
+        """
         self._check_input(x, t, context)
+        self._check_deep(x, context, deep)
         time = (
             t if isinstance(t, TimeVectors) else self.prepare_time(torch.as_tensor(t).to(x.device))
         )
         dtype = next(self.time_embed.parameters()).dtype
         # Channels-last throughout: positions are then the rows of products, with no transposes.
         hidden = x.to(dtype, memory_format=torch.channels_last)
+        outer = self.config.num_res_blocks + 1  # stages of the outermost level on either side
+        down, up = list(self.input_blocks), list(self.output_blocks)
         skips: list[Tensor] = []
-        for stage in self.input_blocks:
+        for stage in down if deep is None else down[:outer]:
             hidden = stage(hidden, time, context)
             skips.append(hidden)
-        hidden = self.middle_block(hidden, time, context)
-        for stage in self.output_blocks:
-            skip = skips.pop()
-            if len(skip) != len(hidden):
-                skip = twice(skip)
-            hidden = stage(torch.cat([hidden, skip], dim=1), time, context)
-        return self.out(hidden).to(x.dtype)
+        if deep is None:
+            hidden = self.middle_block(hidden, time, context)
+            deep = _upwards(up[:-outer], hidden, skips, time, context)
+        hidden = _upwards(up[-outer:], deep, skips, time, context)
+        return self.out(hidden).to(x.dtype), deep
 
     def _check_input(
         self, x: Tensor, t: Tensor | TimeVectors, context: Tensor | PreparedContext | None
@@ -224,6 +247,16 @@ class UNet(nn.Module):
                 f"UNet: t has shape {steps}, expected [{x.shape[0]}] as x has windows, or []."
             )
         self._check_context(context, x.shape[0])
+
+    def _check_deep(
+        self, x: Tensor, context: Tensor | PreparedContext | None, deep: Tensor | None
+    ) -> None:
+        windows = len(x) if context is None else len(context)
+        if deep is not None and (len(deep), *deep.shape[2:]) != (windows, *x.shape[2:]):
+            raise ValueError(
+                f"UNet: deep has shape {list(deep.shape)}, expected [{windows}, width, "
+                f"{x.shape[2]}, {x.shape[3]}], as with_deep returned it for the same windows."
+            )
 
     def _check_context(
         self, context: Tensor | PreparedContext | None, windows: int | None = None
@@ -249,6 +282,22 @@ class UNet(nn.Module):
                     f"UNet: context has shape {list(context.shape)}, expected "
                     f"[{'N' if windows is None else windows}, T, {self.context_dim}]."
                 )
+
+
+def _upwards(
+    stages: list[nn.Module],
+    hidden: Tensor,
+    skips: list[Tensor],  # of which the last ones are taken
+    time: TimeVectors,
+    context: Tensor | PreparedContext | None,
+) -> Tensor:
+    """Stages that take a map of the way down beside the one from below."""
+    for stage in stages:
+        skip = skips.pop()
+        if len(skip) != len(hidden):
+            skip = twice(skip)
+        hidden = stage(torch.cat([hidden, skip], dim=1), time, context)
+    return hidden
 
 
 def _is_one_or_a_pair(given: int, windows: int | None) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -122,7 +123,9 @@ class LDMDenoiser:
         unet = self.model.unet
         windows = x.to(next(unet.parameters()).dtype)
         context = self._context(state, index)
-        output, deep = unet.with_deep(windows, self._time(t, state), context, deep)
+        evaluate = partial(unet.with_deep, windows, self._time(t, state), context, deep)
+        # Threads are chosen by evaluations of the whole network, which take longer than others.
+        output, deep = timed(evaluate, len(context)) if deep is None else evaluate()
         return output.unflatten(0, (-1, x.shape[0])), deep
 
     @property

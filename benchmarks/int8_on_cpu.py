@@ -8,6 +8,8 @@ CPU that PyTorch knows: its products are made in another type.)
 
 from __future__ import annotations
 
+import json
+import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from report import RESULTS
 from ssldiff_fast.models import UNet, products
 from ssldiff_fast.models.winograd import Conv3x3
 from timing import alternate
@@ -144,7 +147,30 @@ def measure() -> tuple[dict[str, Any], list[dict[str, Any]]]:
             for kind, function in functions.items()
         }
         print(name, {kind: one["times_faster_than_our_best"] for kind, one in found[name].items()})
+    found["whole_evaluation"] = {size: _whole(found, size) for size in ("demo", "paper")}
     return found, []
+
+
+def _whole(layers: dict[str, Any], size: str) -> dict[str, float]:
+    """How many times faster than in bfloat16 an evaluation would be with int8 in its products,
+    self-attention's among them, and 3x3 convolutions, by the shares that unet.py measured."""
+    shares = json.loads((RESULTS / "unet.json").read_text())[f"{size} bfloat16"]["breakdown"]
+    convolutions = shares["3x3 convolutions"]
+    kinds = ("feed-forward", "self-attention", "1x1 convolutions and the rest")
+    of_products = sum(shares[kind] for kind in kinds)
+    found = {}
+    for kind in ("int8", "int8 ready"):
+        conv, product = (
+            statistics.geometric_mean(
+                layers[name]["bfloat16"]["ms"] / layers[name][kind]["ms"]
+                for name in names
+                if name.startswith(size)
+            )
+            for names in (CONVOLUTIONS, PRODUCTS)
+        )
+        rest = 1 - convolutions - of_products
+        found[kind] = round(1 / (rest + convolutions / conv + of_products / product), 3)
+    return found
 
 
 def _relative(out: Tensor, exact: Tensor) -> float:

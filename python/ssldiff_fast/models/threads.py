@@ -5,7 +5,7 @@ An evaluation is some hundred parallel regions, and at the end of each all of Op
 for the slowest. Where another process has taken one's core, that is a time slice of the scheduler
 in every region, and who waits spins meanwhile (GOMP_SPINCOUNT and OMP_WAIT_POLICY say how long, but
 only to a process that begins with them). Measured on two cores beside one busy process, two threads
-are 1.5 times slower than one (benchmarks/threads.py), and beside more up to six times.
+are 1.5 times slower than one (benchmarks/threads.py); on another day it was six times.
 
 So a run tries half as many threads on evaluations that it makes anyway, and again when they get
 slower. Results do not change: our networks have the same bits on any number of threads.

@@ -4,19 +4,23 @@
 A part of the demo's slide goes to latents by overlapping tiles (one encoding of the whole gives
 latents that the model never made: colours of another hue) and back by every decoder, with the
 bundled model, in one process. The published decode is a plain loop over tiles at a quarter window,
-with GroupNorm and SiLU apart; diffusers' is the tiled decode of an AutoencoderKL that holds our
-decoder's weights. Differences are in grey levels, to the published decode. Seams are measured where
-tiles begin and end, against places of the same phase nearby, beside the source's own figure there.
+in plain PyTorch; diffusers' is the tiled decode of an AutoencoderKL that holds the same weights.
+Differences are in grey levels, to the published decode. Seams are measured where tiles begin and
+end, against places of the same phase nearby, beside the source's own figure there.
 
-    python benchmarks/decode.py [--cells 6] [--images FOLDER]
+The published size, with random weights, is timed by the latent in the middle of a large canvas:
+a tile of each decoder over the latents that it adds.
+
+    python benchmarks/decode.py [--cells 6] [--image FILE] [--images FOLDER]
+
+Where the demo's slide can't be had and no image is given, latents are codes at random, which the
+result states.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +29,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 import ssldiff_fast as sf
+from published_decode import published_decode
 from report import aim, save
-from ssldiff_fast.adapters.first_stage import _renamed
 from ssldiff_fast.bench.timing import stopwatch
 from ssldiff_fast.canvas import DecodeSettings, get_preset, open_decoder
 from ssldiff_fast.canvas.feature_map import FeatureMap
@@ -38,15 +42,20 @@ from ssldiff_fast.canvas.layerwise import Layerwise
 from ssldiff_fast.canvas.tile_decoder import to_bytes
 from ssldiff_fast.demo import REGION, demo_slide
 from ssldiff_fast.evaluation.seam import measure_seam
-from ssldiff_fast.models import LatentDiffusion
-from ssldiff_fast.models.group_norm import GroupNormSiLU
+from ssldiff_fast.models import LatentDiffusion, VQModel
+from ssldiff_fast.models.local_autoencoder import measure_statistics
+from ssldiff_fast.models.region_decoder import region_decoder
 from ssldiff_fast.ops import WindowPlan
 from ssldiff_fast.ops.window_plan import gaussian
 from ssldiff_fast.slides.reader import open_slide
+from tiled_decode import HAS_DIFFUSERS, step, tiled_decoder
 from timing import peak_megabytes
 
 ROUNDS, SECONDS = 3, 8.0  # of one decoder; the last round is the one that passes the time
-PUBLISHED = "published"
+PUBLISHED, TILED = "published", "diffusers, tiled"
+OWN, FIXED = "local, own statistics", "local, fixed statistics"
+# The paper's autoencoder.
+VQ_F4 = {"ch": 128, "ch_mult": [1, 2, 4], "num_res_blocks": 2, "z_channels": 3}
 
 
 @dataclass
@@ -58,24 +67,6 @@ class Way:
     side: int = 0  # of a tile, where the next begins before its end
 
 
-def unfused(vae: Any) -> Any:
-    """The same autoencoder with PyTorch's GroupNorm and SiLU one after the other."""
-    made = copy.deepcopy(vae)
-
-    def replace(module: nn.Module) -> None:
-        for name, child in module.named_children():
-            if isinstance(child, GroupNormSiLU):
-                norm = nn.GroupNorm(child.num_groups, child.num_channels, eps=child.eps)
-                norm.load_state_dict(child.state_dict())
-                plain = nn.Sequential(norm, nn.SiLU()) if child.silu else norm
-                setattr(module, name, plain)
-            else:
-                replace(child)
-
-    replace(made)
-    return made
-
-
 @torch.no_grad()
 def published(vae: Any, canvas: Tensor, scale: float, plan: WindowPlan) -> Iterator[np.ndarray]:
     """The notebook's decode: tile after tile, weighted by a Gaussian, summed and divided."""
@@ -85,79 +76,47 @@ def published(vae: Any, canvas: Tensor, scale: float, plan: WindowPlan) -> Itera
     weights = torch.zeros_like(total[0])
     for y in plan.origins_y:
         for x in plan.origins_x:
-            tile = vae.decode(canvas[None, :, y : y + h, x : x + w] / scale)[0]
+            tile = published_decode(vae, canvas[None, :, y : y + h, x : x + w] / scale)[0]
             here = slice(y * f, (y + h) * f), slice(x * f, (x + w) * f)
             total[:, here[0], here[1]] += tile * weight
             weights[here] += weight
     yield to_bytes(total / weights)
 
 
-def of_diffusers(model: LatentDiffusion) -> Any:
-    """diffusers' AutoencoderKL with our decoder's weights, tiled; codes are looked up before it."""
-    config = model.vae.ddconfig
-    widths = tuple(config["ch"] * mult for mult in config["ch_mult"])
-    window = model.window[0]
-    theirs = AutoencoderKL(
-        block_out_channels=widths,
-        layers_per_block=config["num_res_blocks"],
-        latent_channels=config["z_channels"],
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-        sample_size=window * model.downsample_factor,
-    )
-    ours = model.vae.state_dict()
-    state = theirs.state_dict()
-    for name, value in state.items():
-        if name.startswith(("decoder.", "post_quant_conv.")):
-            state[name] = ours[_renamed(name, len(widths))].reshape(value.shape)
-    theirs.load_state_dict(state)
-    theirs.enable_tiling()
-    return theirs.eval()
-
-
-@torch.no_grad()
-def by_diffusers(theirs: Any, model: LatentDiffusion, canvas: Tensor) -> Iterator[np.ndarray]:
-    codes, _ = model.vae.quantize(canvas[None] / model.scale_factor)
-    yield to_bytes(theirs.decode(codes).sample[0])
-
-
 def ways(model: LatentDiffusion, size: tuple[int, int]) -> dict[str, Way]:
     """All decodes by name."""
     window = model.window
     quarter = window[0] // 4
-    plain, theirs = unfused(model.vae), of_diffusers(model)
+    tiled = tiled_decoder(model)
 
-    def plan(stride: int) -> WindowPlan:
-        return WindowPlan.regular(*size, window, stride)
+    def plan(stride: int, of: tuple[int, int] = size) -> WindowPlan:
+        return WindowPlan.regular(*of, window, stride)
 
     def ours(settings: DecodeSettings) -> Callable[[Tensor], Iterator[np.ndarray]]:
         return lambda canvas: open_decoder(model, _size(canvas), settings).decode([canvas])
 
+    @torch.no_grad()
+    def by_diffusers(canvas: Tensor) -> Iterator[np.ndarray]:
+        yield to_bytes(tiled(canvas[None] / model.scale_factor)[0])
+
+    def by_notebook(canvas: Tensor) -> Iterator[np.ndarray]:
+        return published(model.vae, canvas, model.scale_factor, plan(quarter, _size(canvas)))
+
     made = {
-        PUBLISHED: Way(
-            lambda canvas: published(
-                plain,
-                canvas,
-                model.scale_factor,
-                WindowPlan.regular(*_size(canvas), window, quarter),
-            ),
-            plan(quarter).origins_y,
-        ),
+        PUBLISHED: Way(by_notebook, plan(quarter).origins_y),
         "reference": Way(ours(DecodeSettings()), plan(quarter).origins_y),
     }
-    fast = get_preset("fast")
-    strides = {"half a window": window[0] // 2, "preset fast": fast.decode_stride(window)[0]}
-    for name, stride in strides.items():
-        settings = DecodeSettings(stride=stride, weights="hann")
-        made[f"reference, Hann, {name}"] = Way(ours(settings), plan(stride).origins_y, window[0])
-    tile = 2 * window[0]
-    made["local"] = Way(ours(DecodeSettings("local")), tuple(range(0, size[0], tile)))
-    made["global"] = Way(ours(DecodeSettings("global")), tuple(range(0, size[0], window[0])))
-    made["diffusers, tiled"] = Way(
-        lambda canvas: by_diffusers(theirs, model, canvas),
-        tuple(range(0, size[0], int(window[0] * (1 - theirs.tile_overlap_factor)))),
-        window[0],
+    made[OWN] = Way(
+        ours(DecodeSettings("local", fixed=False)), plan(window[0] // 2).origins_y, window[0]
     )
+    stride = get_preset("fast").decode_stride(window)[0]
+    settings = DecodeSettings(stride=stride, weights="hann")
+    made["preset fast"] = Way(ours(settings), plan(stride).origins_y, window[0])
+    tiles = tuple(range(0, size[0], 2 * window[0]))
+    made[FIXED] = Way(ours(DecodeSettings("local", fixed=True)), tiles)
+    made["global"] = Way(ours(DecodeSettings("global")), tuple(range(0, size[0], window[0])))
+    begins = tuple(range(0, size[0], step(window[0])))
+    made[TILED] = Way(by_diffusers, begins, window[0])
     return made
 
 
@@ -215,64 +174,125 @@ def timed(
 def global_error(model: LatentDiffusion, canvas: Tensor, folder: Path) -> float:
     """Largest difference of the global decoder to the undivided network, image in [-1, 1]."""
     latent = canvas[:, :64, :64] / model.scale_factor
-    source = FeatureMap.of(latent, folder, next(model.vae.parameters()))
-    bands = torch.cat(list(Layerwise(model.vae, folder).decode(source)), dim=2)
-    return float((bands - model.vae.decode(latent[None])).abs().max())
+    features = FeatureMap.of(latent, folder, next(model.vae.parameters()))
+    bands = torch.cat(list(Layerwise(model.vae, folder).decode(features)), dim=2)
+    return float((bands - published_decode(model.vae, latent[None])).abs().max())
+
+
+@torch.no_grad()
+def published_size(window: int = 64) -> dict[str, Any]:
+    """Milliseconds for each latent in the middle of a large canvas, and how many times faster."""
+    torch.manual_seed(0)
+    vae = VQModel(ddconfig=VQ_F4, n_embed=8192, embed_dim=3).eval()
+    codes = vae.quantize.embedding.weight
+    z = codes[torch.randint(len(codes), (4 * window, 4 * window))].permute(2, 0, 1)[None]
+    tile = z[:, :, :window, :window]
+    regions = region_decoder(vae, measure_statistics(vae, vae.decode, tile), (window, window), 3)
+    middle = 100 * window, 102 * window
+    rows, columns = (regions.reach(middle, 1000 * window, axis=axis) for axis in range(2))
+    height, width = (reach.read[1] - reach.read[0] for reach in (rows, columns))
+    region = z[:, :, :height, :width]
+    found: dict[str, tuple[Callable[[], Any], int]] = {
+        PUBLISHED: (lambda: published_decode(vae, tile), (window // 4) ** 2),
+        "reference": (lambda: vae.decode(tile), (window // 4) ** 2),
+        OWN: (lambda: vae.decode(tile), (window // 2) ** 2),
+        FIXED: (lambda: regions.decode(region, rows=rows, columns=columns), 4 * window**2),
+    }
+    watch = stopwatch("cpu")
+    for function, _ in found.values():
+        function()
+    spent = {
+        name: min(watch(function) for _ in range(2)) / latents
+        for name, (function, latents) in found.items()
+    }
+    return {
+        name: {"times": round(spent[PUBLISHED] / own, 2), "milliseconds_a_latent": round(own, 4)}
+        for name, own in spent.items()
+    }
 
 
 def figures_of(
-    name: str, way: Way, images: dict[str, np.ndarray], image: np.ndarray, factor: int
+    name: str, way: Way, images: dict[str, np.ndarray], image: np.ndarray | None, factor: int
 ) -> dict[str, Any]:
+    """Of one decoder's pixels beside the published ones and, where there is one, the source."""
     made = images[name]
     difference = np.abs(made.astype(int) - images[PUBLISHED])
-    own, real = seam(made, way, factor), seam(image, way, factor)
-    mse = np.mean((made.astype(float) - image) ** 2)
-    return {
+    own = seam(made, way, factor)
+    figures = {
         "equal_bytes": round(float((difference == 0).mean()), 5),
         "mean_difference": round(float(difference.mean()), 3),
         "largest_difference": int(difference.max()),
         "seam": round(own.figure, 4),
         "seam_deviations": round(own.deviations, 2),
-        "seam_of_the_source": round(real.figure, 4),
+    }
+    if image is None:
+        return figures
+    mse = np.mean((made.astype(float) - image) ** 2)
+    return {
+        **figures,
+        "seam_of_the_source": round(seam(image, way, factor).figure, 4),
         "psnr": round(float(10 * np.log10(255**2 / mse)), 2),
     }
 
 
-def aims_of(figures: dict[str, Any], error: float) -> list[dict[str, Any]]:
-    exact = figures["reference"]
-    made = [
+def aims_of(figures: dict[str, Any], error: float, local_name: str) -> list[dict[str, Any]]:
+    """The aims of the issue; of the local decoders for the one that the model chooses."""
+    exact, local = figures["reference"], figures[local_name]
+    return [
         aim("reference: times the published decode", exact["times"], 1.5, "at least"),
         aim("reference: share of equal bytes", exact["equal_bytes"], 0.999, "at least"),
         aim("global: difference to the undivided decode", error, 1e-4, "at most"),
+        aim(f"{local_name}: times the published decode", local["times"], 10, "at least"),
+        aim(f"{local_name}: mean difference, grey levels", local["mean_difference"], 1, "at most"),
+        aim(
+            f"{local_name}: seam, how many times what is chance",
+            local["seam_deviations"],
+            3,
+            "at most",
+        ),
     ]
-    for name in ("local", "reference, Hann, preset fast"):
-        own = figures[name]
-        made += [
-            aim(f"{name}: times the published decode", own["times"], 10, "at least"),
-            aim(f"{name}: mean difference, grey levels", own["mean_difference"], 1, "at most"),
-            aim(
-                f"{name}: seam, how many times what is chance", own["seam_deviations"], 3, "at most"
-            ),
-        ]
-    return made
 
 
+def latents_of(
+    model: LatentDiffusion, chosen: argparse.Namespace
+) -> tuple[str, np.ndarray | None, Tensor]:
+    """What was encoded, its pixels, and the canvas."""
+    side = model.window[0] * model.downsample_factor
+    name, image = "the demo's slide", None
+    if chosen.image:
+        name = chosen.image.name
+        whole = np.asarray(Image.open(chosen.image).convert("RGB"))
+        rows, columns = (length // side * side for length in whole.shape[:2])
+        edge = min(rows, columns, chosen.cells * side)
+        image = np.ascontiguousarray(whole[:edge, :edge])
+    else:
+        try:
+            image = source(chosen.cells, side)
+        except (OSError, RuntimeError) as problem:
+            print(f"no slide, so codes at random: {problem}")
+    if image is not None:
+        return name, image, sf.encode_image(model, image)
+    codes = model.vae.quantize.embedding.weight
+    size = [chosen.cells * side for side in model.window]
+    index = torch.randint(len(codes), size, generator=torch.Generator().manual_seed(0))
+    return "codes at random", None, codes[index].permute(2, 0, 1) * model.scale_factor
+
+
+@torch.no_grad()
 def main() -> None:
-    # Not of `make gpu`: it needs a slide and a library that a GPU machine may lack.
+    # Not of `make gpu`: it needs a slide that a GPU machine may lack.
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--cells", type=int, default=6, choices=range(5, 9), help="of 128 pixels, along each side"
     )
+    parser.add_argument("--image", type=Path, help="what is encoded, instead of the demo's slide")
     parser.add_argument("--images", type=Path, help="folder for the images, to be looked at")
     chosen = parser.parse_args()
     model = sf.load("he-demo")
     factor = model.downsample_factor
-    image = source(chosen.cells, model.window[0] * factor)
-    start = time.perf_counter()
-    canvas = sf.encode_image(model, image)
-    encoded = time.perf_counter() - start
+    name, image, canvas = latents_of(model, chosen)
     found = ways(model, _size(canvas))
     seconds, images, memory = timed(found, canvas)
     base = median(seconds[PUBLISHED])
@@ -287,15 +307,22 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         error = global_error(model, canvas, Path(folder))
-    for name, own in figures.items():
-        print(name, own)
+    for way, own in figures.items():
+        print(way, own)
     if chosen.images:
-        from PIL import Image
-
-        for name, pixels in {"source": image, **images}.items():
-            Image.fromarray(pixels).save(chosen.images / f"{name}.png")
-    shape = {"canvas": list(canvas.shape), "encode_seconds": round(encoded, 2)}
-    save("decode", {**shape, "decoders": figures}, aims_of(figures, error))
+        pictures = images if image is None else {"source": image, **images}
+        for way, pixels in pictures.items():
+            Image.fromarray(pixels).save(chosen.images / f"{way}.png")
+    chosen_local = FIXED if model.statistics else OWN
+    result = {
+        "source": name,
+        "local": chosen_local,
+        "canvas": list(canvas.shape),
+        "tiles_of_diffusers": HAS_DIFFUSERS,
+        "decoders": figures,
+        "published_size": published_size(),
+    }
+    save("decode", result, aims_of(figures, error, chosen_local))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ import torch
 
 import ssldiff_fast as sf
 from ssldiff_fast import pipeline
-from ssldiff_fast.canvas import StateFolder
+from ssldiff_fast.canvas import StateFolder, canvas_noise
 from ssldiff_fast.canvas.state import remove_state
-from ssldiff_fast.models.local_autoencoder import receptive_halo
+from ssldiff_fast.models.local_autoencoder import measure_statistics
 from ssldiff_fast.slides.writer_state import FILE
 from tiny_models import tiny_grid, tiny_model
 
@@ -38,6 +38,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 MODEL = tiny_model()
+MODEL.set_statistics(
+    measure_statistics(MODEL.vae, MODEL.vae.decode, canvas_noise(0, 3, 8, 8)[None])
+)
 
 
 def run(out: Path, settings: dict[str, Any], state: Path | None) -> None:
@@ -78,7 +81,6 @@ def main(folder: Path, kills: int) -> None:
     random.seed(0)
     # States as often as there is something to save.
     pipeline._SECONDS, pipeline._SPACING = 0.0, 0.0
-    receptive_halo(MODEL.vae, 3)  # traced once, for all forks
     report: dict[str, Any] = {"kills": 0, "written before": 0, "digests": {}}
     for name, settings in KINDS.items():
         whole = folder / f"whole.{name}"

@@ -15,8 +15,10 @@ import pytest
 
 import ssldiff_fast as sf
 from ssldiff_fast import pipeline, synthesis
-from ssldiff_fast.canvas import StateFolder
+from ssldiff_fast.canvas import StateFolder, canvas_noise
 from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.models.local_autoencoder import measure_statistics
+from ssldiff_fast.models.region_decoder import StagedDecoder
 from ssldiff_fast.pipeline import Background
 from tiny_models import tiny_grid, tiny_model
 
@@ -51,26 +53,32 @@ def test_runs_that_are_killed_again_and_again_end_in_the_same_bytes(tmp_path: Pa
         assert len(digests) > 2
 
 
-@pytest.mark.parametrize("decoder", ["reference", "local"])
+@pytest.mark.parametrize("decoder", ["reference", "local", "local, fixed"])
 def test_what_is_written_is_not_made_again(
     model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
 ) -> None:
+    decoder, _, fixed = decoder.partition(",")
+    kind, name = (StagedDecoder, "decode") if fixed else (type(model.vae.decoder), "forward")
+    if fixed:
+        latents = canvas_noise(0, 3, 8, 8)[None]
+        statistics = measure_statistics(model.vae, model.vae.decode, latents)
+        monkeypatch.setattr(model, "statistics", statistics)
     monkeypatch.setattr(pipeline, "_SECONDS", 0.0)
     monkeypatch.setattr(pipeline, "_SPACING", 0.0)
     options = {"order": "wavefront", "decoder": decoder}
     whole, out, state = tmp_path / "whole.png", tmp_path / "out.png", tmp_path / "state"
     first = make(model, whole, **options)
     calls = 0
-    decode = type(model.vae.decoder).forward
+    decode = getattr(kind, name)
 
-    def counted(self: Any, *arguments: Any) -> Any:
+    def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == limit:
             raise RuntimeError("the power went")
-        return decode(self, *arguments)
+        return decode(*arguments, **options)
 
-    monkeypatch.setattr(type(model.vae.decoder), "forward", counted)
+    monkeypatch.setattr(kind, name, counted)
     limit = 0
     make(model, tmp_path / "again.png", **options)
     needed, calls, limit = calls, 0, calls - 1

@@ -118,12 +118,15 @@ def test_a_mask_changes_nothing_where_all_is_tissue(model: LatentDiffusion, tmp_
     assert first.path.read_bytes() == second.path.read_bytes()
 
 
-@pytest.mark.parametrize("preset", ["fast", "paper"])
+@pytest.mark.parametrize(
+    ("preset", "decoder"), [("fast", None), ("paper", None), ("fast", "local")]
+)
 def test_a_wrapped_image_has_no_edge_where_it_is_tiled(
-    model: LatentDiffusion, tmp_path: Path, preset: str
+    model: LatentDiffusion, tmp_path: Path, preset: str, decoder: str | None
 ) -> None:
     grid = tiny_grid(model, rows=3, columns=3)
-    made = make(model, tmp_path / "wrapped.png", grid=grid, wrap="both", preset=preset)
+    options: dict[str, Any] = {"grid": grid, "preset": preset, "decoder": decoder}
+    made = make(model, tmp_path / "wrapped.png", wrap="both", **options)
     assert made.size_px == (3 * PATCH_PX, 3 * PATCH_PX)
     pixels = np.asarray(Image.open(made.path)).astype(float)
     for axis in (0, 1):

@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from ssldiff_fast.canvas.stages import Rows
 from ssldiff_fast.canvas.wide import Where
-from ssldiff_fast.models.local_autoencoder import load_statistics, save_statistics
 from ssldiff_fast.slides.output import RowWriter
 from ssldiff_fast.synthesis_plan import Plan
 
@@ -29,8 +27,6 @@ _DEPTH = 4
 # Seconds between two states of the writer, and how many times what one costs they are apart.
 _SECONDS = 5.0
 _SPACING = 200
-# The statistics that a local decoder measured, in the folder of a run's state.
-STATISTICS = "decoder.safetensors"
 
 
 class PixelSink:
@@ -39,7 +35,7 @@ class PixelSink:
     Args:
         plan: the run.
         writer: takes the pixels.
-        state: folder of what the decoder must remember, and whether the writer saves its state.
+        saves: whether the writer saves its state.
         progress: show a progress bar.
         scratch: where rows wait; None: in memory.
     """
@@ -48,20 +44,17 @@ class PixelSink:
         self,
         plan: Plan,
         writer: RowWriter,
-        state: Path | None,
         *,
+        saves: bool,
         progress: bool,
         scratch: Where = None,
     ) -> None:
         self._plan = plan
         self._writer = writer
         self._progress = progress
-        self._statistics = None if state is None else state / STATISTICS
+        self._saves = saves
         self._begin = writer.rows_written // plan.factor
-        statistics = None
-        if self._statistics is not None and self._statistics.exists():
-            statistics = load_statistics(self._statistics)
-        self._decoder = plan.decoder(statistics, scratch)
+        self._decoder = plan.decoder(scratch)
         self._saved = writer.rows_written
         self._last = time.perf_counter()
         self._cost = 0.0
@@ -94,14 +87,11 @@ class PixelSink:
             self._save_if_due()
 
     def _save_if_due(self) -> None:
-        if self._statistics is None:
+        if not self._saves:
             return
         now = time.perf_counter()
         if now - self._last < max(_SECONDS, _SPACING * self._cost):
             return
-        fixed = getattr(self._decoder, "statistics", None)
-        if fixed is not None and not self._statistics.exists():
-            save_statistics(self._statistics, fixed)
         self._writer.checkpoint()
         self._saved = self._writer.rows_written
         self._last = time.perf_counter()

@@ -32,7 +32,7 @@ from ssldiff_fast.canvas.state import (
 from ssldiff_fast.canvas.wide import Spill
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.models.threads import measured_threads
-from ssldiff_fast.pipeline import STATISTICS, Background, PixelSink, needed
+from ssldiff_fast.pipeline import Background, PixelSink, needed
 from ssldiff_fast.slides.cog import Georeference
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.output import RowWriter, atomic_bytes, check_output
@@ -130,8 +130,9 @@ def synthesize(
             is used in the steps between. Changes the result (docs/options.md says by how much);
             for windows that stay, plain order, models on a CPU, images of a few thousand pixels.
         decode_stride: distance between the reference decoder's tiles in latents, likewise.
-        decoder: "reference" (the published overlapped tiles), "local" (disjoint tiles with a halo
-            and fixed statistics) or "global" (the whole canvas at once), in place of the preset's.
+        decoder: "reference" (the published overlapped tiles), "local" (each latent about once with
+            the model's fixed statistics, or by tiles that overlap by half where it has none) or
+            "global" (the whole canvas at once), in place of the preset's.
         wrap: "x", "y" or "both" makes an image that is tileable along it.
         mask: leave out windows without tissue (cells of the grid that are not valid): they become
             glass, and cost nothing. Without it the model paints them.
@@ -226,7 +227,9 @@ def synthesize(
         ):
             folder = None if kept is None else kept.folder.path
             scratch = Spill(Path(out).parent) if in_files else None
-            sink = PixelSink(plan, writer, folder, progress=progress, scratch=scratch)
+            sink = PixelSink(
+                plan, writer, saves=folder is not None, progress=progress, scratch=scratch
+            )
             shared: dict[str, Any] = {
                 "state": kept and kept.folder,
                 "resume": resume,
@@ -322,7 +325,6 @@ class _Kept:
     def forget(self) -> None:
         """Removes everything of a run that is over, or is to begin anew."""
         self.folder.clear()
-        (self.folder.path / STATISTICS).unlink(missing_ok=True)
         remove_writer_state(self.writer)
         with contextlib.suppress(OSError):
             self.writer.rmdir()

@@ -34,7 +34,6 @@ from ssldiff_fast.canvas.windows import ShiftedWindows
 from ssldiff_fast.encoders.spec import EncoderSpec
 from ssldiff_fast.models.conditioner import PatchRegionConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
-from ssldiff_fast.models.local_autoencoder import Statistics
 from ssldiff_fast.ops import philox_normal
 from ssldiff_fast.ops.window_plan import WindowPlan, window_strides
 from ssldiff_fast.slides.grid import Grid
@@ -327,16 +326,10 @@ class Plan:
             progress=progress,
         )
 
-    def decoder(self, statistics: Statistics | None = None, scratch: Where = None) -> RowDecoder:
+    def decoder(self, scratch: Where = None) -> RowDecoder:
         """What makes pixels of the canvas, continued round its ends where it is tileable."""
         size = [side + 2 * pad for side, pad in zip(self.canvas_denoiser.size, self._pads)]
-        return open_decoder(
-            self.model,
-            (size[0], size[1]),
-            self.decode_settings,
-            statistics=statistics,
-            scratch=scratch,
-        )
+        return open_decoder(self.model, (size[0], size[1]), self.decode_settings, scratch=scratch)
 
     def first_latent(self, decoder: RowDecoder, row: int) -> int:
         """The first row of the canvas that pixels from latent row `row` down are made of."""

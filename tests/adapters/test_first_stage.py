@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ssldiff_fast.adapters.first_stage import first_stage_from_diffusers
+from ssldiff_fast.canvas import decode_image
+from ssldiff_fast.canvas.tile_decoder import to_bytes
+from ssldiff_fast.models.local_autoencoder import local_autoencoder, measure_statistics
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -57,6 +61,24 @@ def test_images_and_latents_are_those_of_diffusers(name: str) -> None:
         torch.testing.assert_close(stage.vae.encode(images), vae.encode(images).latents)
     else:
         torch.testing.assert_close(stage.vae.encode(images), theirs(vae, images))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_their_local_tiles_are_parts_of_one_decode(name: str) -> None:
+    torch.manual_seed(0)
+    stage = first_stage_from_diffusers(MODELS[name]())
+    canvas = torch.randn(MODELS[name]().config.latent_channels, 13, 29)
+    latent = canvas / stage.scale_factor + stage.shift
+    known = measure_statistics(stage.vae, stage.vae.decode, latent[None, :, :8, :8])
+    undivided: Any = local_autoencoder(stage.vae, known, (8, 8))
+    expected = to_bytes(undivided.decode(latent[None])[0])
+    options: dict[str, Any] = {"decoder": "local", "window": (8, 8), "statistics": known}
+    for tile in (5, 16):
+        made = decode_image(stage, canvas, tile=tile, **options)
+        difference = np.abs(made.astype(int) - expected)
+        assert int(difference.max()) <= 1
+        assert float((difference > 0).mean()) < 1e-3
 
 
 def test_the_weights_are_the_same_tensors() -> None:

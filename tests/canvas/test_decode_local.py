@@ -15,6 +15,7 @@ from golden_inputs import VQ_SMALL, fill
 from ssldiff_fast.canvas import canvas_noise, decode_image, decode_rows, open_decoder
 from ssldiff_fast.canvas.decode import DecodeSettings
 from ssldiff_fast.canvas.decode_local import LocalDecoder
+from ssldiff_fast.canvas.decode_overlapped import OverlappedDecoder
 from ssldiff_fast.canvas.tile_decoder import to_bytes
 from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
 from ssldiff_fast.models.local_autoencoder import (
@@ -72,6 +73,80 @@ def test_without_attention_tiles_are_parts_of_one_decode(tile: int) -> None:
     assert float((difference > 0).mean()) < 1e-3
 
 
+@pytest.mark.parametrize("tile", [7, 20, 64])
+@pytest.mark.parametrize("size", [(20, 75), (45, 21), (9, 5), (1, 1)], ids=str)
+def test_tiles_of_any_size_give_the_same_pixels(tile: int, size: tuple[int, int]) -> None:
+    vae, canvas = vq(), canvas_noise(0, 3, *size)
+    options: dict[str, Any] = {"decoder": "local", "window": (16, 16)}
+    options["statistics"] = statistics(vae)
+    expected = decode_image(vae, canvas, tile=16, **options)
+    assert expected.shape == (4 * size[0], 4 * size[1], 3)
+    made = decode_image(vae, canvas, tile=tile, batch_size=64, **options)
+    # Float32 rounds differently, and pixels are cut off to whole numbers.
+    difference = np.abs(made.astype(int) - expected)
+    assert int(difference.max()) <= 1
+    assert float((difference > 0).mean()) < 1e-3
+
+
+class Convolutional(torch.nn.Module):
+    """A decoder without norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = torch.nn.Conv2d(3, 3, 5, padding=2)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(self.decoder(z), scale_factor=2.0)
+
+
+def test_what_has_neither_norms_nor_attention_is_decoded_as_the_whole() -> None:
+    network = fill(Convolutional())
+    with torch.no_grad():
+        whole = network.decode(latent()[None])[0]
+    image = decode_image(network, latent(), decoder="local", tile=7, window=(16, 16))
+    assert np.abs(image.astype(int) - to_bytes(whole)).max() <= 1
+
+
+def test_statistics_are_fixed_where_the_autoencoder_knows_some() -> None:
+    model, vae = tiny_model(), vq()
+    known = measure_statistics(model.vae, model.vae.decode, canvas_noise(0, 3, 8, 8)[None])
+
+    def kind(model: Any, fixed: bool | None = None, **options: Any) -> type:
+        return type(open_decoder(model, (20, 24), DecodeSettings("local", fixed=fixed), **options))
+
+    assert kind(vae, window=(16, 16)) is OverlappedDecoder
+    assert kind(vae, True, window=(16, 16)) is LocalDecoder
+    assert kind(vae, window=(16, 16), statistics=statistics(vae)) is LocalDecoder
+    assert kind(model) is OverlappedDecoder
+    model.set_statistics(known)
+    assert kind(model) is LocalDecoder
+    assert kind(model, False) is OverlappedDecoder
+    assert kind(Convolutional(), window=(16, 16)) is LocalDecoder
+
+
+@pytest.mark.parametrize("kind", ["local", "own"])
+def test_a_first_stage_that_overflows_in_half_precision_is_run_again_in_float32(kind: str) -> None:
+    narrow, wide = vq(), vq()
+    for vae in (narrow, wide):  # maps of 1e5, where float16 ends at 65,504
+        vae.decoder.conv_in.weight.data.mul_(5e4)
+    narrow.half()
+    wide.load_state_dict(narrow.state_dict())
+    known = statistics(wide) if kind == "local" else None
+    options: dict[str, Any] = {"decoder": "local", "window": (16, 16), "statistics": known}
+    with torch.no_grad():
+        alone = narrow.decode(latent()[None, :, :16, :16].half())
+    assert not torch.isfinite(alone).all()
+    expected = decode_image(wide, latent(), **options)
+    assert np.array_equal(decode_image(narrow, latent(), **options), expected)
+
+
+def test_windows_with_statistics_of_their_own_overlap_by_half() -> None:
+    decoder = open_decoder(vq(), (256, 250), DecodeSettings("local"), window=(64, 63))
+    assert isinstance(decoder, OverlappedDecoder)
+    assert decoder.plan.origins_y == (0, 32, 64, 96, 128, 160, 192)
+    assert decoder.plan.origins_x == (0, 32, 64, 96, 128, 160, 187)
+
+
 def test_a_halo_that_is_one_too_small_shows() -> None:
     vae = vq(attention=False).double()
     fixed = measure_statistics(vae, vae.decode, canvas_noise(1, 3, 16, 16)[None].double())
@@ -88,9 +163,10 @@ def test_a_halo_that_is_one_too_small_shows() -> None:
             assert same is equal
 
 
-def test_bands_of_latents_do_not_change_the_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fixed", [True, False])
+def test_bands_of_latents_do_not_change_the_bytes(tmp_path: Path, fixed: bool) -> None:
     vae = vq()
-    options: dict[str, Any] = {"decoder": "local", "tile": 16, "window": (16, 16)}
+    options: dict[str, Any] = {"decoder": "local", "tile": 16, "window": (16, 16), "fixed": fixed}
     whole = decode_image(vae, latent(), **options)
     in_file = decode_rows(vae, [latent()], SIZE, scratch=tmp_path, **options)
     assert np.array_equal(np.concatenate([np.asarray(band) for band in in_file]), whole)
@@ -98,34 +174,37 @@ def test_bands_of_latents_do_not_change_the_bytes(tmp_path: Path) -> None:
     assert np.array_equal(np.concatenate(list(bands)), whole)
 
 
-@pytest.mark.parametrize("kind", ["reference", "local", "global"])
-@pytest.mark.parametrize("begin", [5, 16])
+# "own" is the local decoder where no statistics are fixed.
+KINDS = ["reference", "local", "own", "global"]
+
+
+def opened(vae: VQModel, kind: str) -> Any:
+    fixed = statistics(vae) if kind == "local" else None
+    settings = DecodeSettings("local" if kind == "own" else kind, stride=8, tile=15)
+    return open_decoder(vae, SIZE, settings, window=(16, 16), statistics=fixed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("begin", [5, 15])
 def test_a_decode_that_goes_on_in_the_middle_gives_the_rest(kind: str, begin: int) -> None:
     vae = vq()
-    fixed = statistics(vae) if kind == "local" else None
-    settings = DecodeSettings(kind, stride=8, tile=16)
-    whole = decode_image(
-        vae, latent(), decoder=kind, stride=8, tile=16, window=(16, 16), statistics=fixed
-    )
-    decoder = open_decoder(vae, SIZE, settings, window=(16, 16), statistics=fixed)
+    decoder = opened(vae, kind)
+    whole = np.concatenate(list(decoder.decode([latent()])))
     rest = latent()[:, decoder.first_latent(begin) :]
     pixels = np.concatenate(list(decoder.decode(rest.split(5, dim=1), begin=begin)))
     assert np.array_equal(pixels, whole[begin * vae.downsample_factor :])
 
 
-@pytest.mark.parametrize("kind", ["reference", "local", "global"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_decode_that_goes_on_at_the_end_gives_nothing(kind: str) -> None:
-    vae = vq()
-    fixed = statistics(vae) if kind == "local" else None
-    settings = DecodeSettings(kind, stride=8, tile=15)
-    decoder = open_decoder(vae, SIZE, settings, window=(16, 16), statistics=fixed)
+    decoder = opened(vq(), kind)
     rest = latent()[:, decoder.first_latent(SIZE[0]) :]
     assert list(decoder.decode([rest], begin=SIZE[0])) == []
 
 
 def test_statistics_are_measured_once_and_can_be_given_again() -> None:
     vae = vq()
-    settings = DecodeSettings("local", tile=16)
+    settings = DecodeSettings("local", fixed=True, tile=16)
     first = open_decoder(vae, SIZE, settings, window=(16, 16))
     assert isinstance(first, LocalDecoder)
     with pytest.raises(ValueError, match="begin is 16, but the local decoder has no statistics"):
@@ -155,7 +234,7 @@ def test_the_autoencoder_itself_is_not_changed() -> None:
     vae = vq()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     kinds = [type(module) for module in vae.modules()]
-    decode_image(vae, latent(), decoder="local", tile=16, window=(16, 16))
+    decode_image(vae, latent(), decoder="local", fixed=True, tile=16, window=(16, 16))
     assert [type(module) for module in vae.modules()] == kinds
     assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
 

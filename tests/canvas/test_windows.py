@@ -101,7 +101,7 @@ def test_offsets_are_a_function_of_seed_and_step() -> None:
     assert ShiftedWindows(256, 256, (32, 32), seed=10)(7) != plans[0](7)
 
 
-@pytest.mark.parametrize("name", ["uniform", "gaussian", "hann"])
+@pytest.mark.parametrize("name", ["uniform", "gaussian", "sine", "hann"])
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_weights_are_symmetric_and_above_zero(name: str, size: int) -> None:
     plan = WindowPlan.regular(size, size, (size, size), size, name)

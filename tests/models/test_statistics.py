@@ -63,7 +63,8 @@ def test_the_local_decoder_takes_the_models_own_statistics_unless_others_are_giv
     others = measure_statistics(model.vae, model.vae.decode, latent[None])
     given = open_decoder(model, (16, 24), settings, statistics=others)
     assert given.statistics == others  # type: ignore[attr-defined]
-    assert open_decoder(small_model(), (16, 24), settings).statistics is None  # type: ignore[attr-defined]
+    unknown = open_decoder(small_model(), (16, 24), DecodeSettings("local", fixed=True))
+    assert unknown.statistics is None  # type: ignore[attr-defined]
 
 
 def test_statistics_of_another_autoencoder_are_refused() -> None:

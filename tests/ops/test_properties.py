@@ -28,7 +28,7 @@ def plans(draw: st.DrawFn) -> WindowPlan:
     window = (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
     size = [n + draw(st.integers(0, 8)) for n in window]
     stride = draw(st.integers(1, min(window)))
-    weight = draw(st.sampled_from(["uniform", "gaussian", "hann"]))
+    weight = draw(st.sampled_from(["uniform", "gaussian", "sine", "hann"]))
     wrap = (draw(st.booleans()), draw(st.booleans()))
     return WindowPlan.regular(*size, window, stride, weight, wrap=wrap)
 

@@ -17,9 +17,9 @@ from ssldiff_fast.canvas.decode_global import GlobalDecoder
 from ssldiff_fast.canvas.decode_local import LocalDecoder
 from ssldiff_fast.canvas.decode_overlapped import OverlappedDecoder
 from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder
-from ssldiff_fast.canvas.wide import Where, folder_of, wide_rows
+from ssldiff_fast.canvas.wide import Memory, Where, folder_of, wide_rows
 from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
-from ssldiff_fast.models.local_autoencoder import Statistics, receptive_halo
+from ssldiff_fast.models.local_autoencoder import Statistics, norm_names
 from ssldiff_fast.ops import WindowPlan
 from ssldiff_fast.ops.window_plan import WEIGHTS
 from ssldiff_fast.slides.pixel_band import PixelBand
@@ -49,19 +49,26 @@ class DecodeSettings:
 
     Args:
         decoder: "reference" (the published overlapped decode), "global" (what one decode of the
-            whole canvas would give) or "local" (disjoint tiles with a halo and fixed statistics,
-            whose hues are others than those of an autoencoder trained on patches; the reference
-            with Hann weights and tiles every three quarters of a window costs no more).
+            whole canvas would give) or "local" (each latent is decoded about once, or four times).
         stride: distance (y, x) between tiles of the reference, in latents; the published notebook
             has a quarter window. None: that.
         weights: weights of a tile's pixels in the reference's blend, by name.
-        tile: side of the local decoder's tiles without their halo, in latents; None: its own.
-        batch_size: tiles of one call of the network, at most.
+        fixed: how the local decoder comes by statistics. True: the same everywhere, for tiles of
+            any size with the surroundings that they depend on; each latent is decoded about once.
+            False: each window's own, for windows that overlap by half as the reference's do by
+            three quarters, blended by sine weights: of those that leave no line where windows end
+            they come nearest to it. None: fixed where the model was trained with some, or some are
+            given, or it has no norms; otherwise the windows' own, without which an autoencoder
+            trained on patches gives other colours.
+        tile: side of the local decoder's tiles, where statistics are fixed, in latents; None: two
+            windows.
+        batch_size: tiles of one call of the network, at most, or as many latents.
     """
 
     decoder: str = "reference"
     stride: int | tuple[int, int] | None = None
     weights: str = "gaussian"
+    fixed: bool | None = None
     tile: int | None = None
     batch_size: int = 8
 
@@ -126,16 +133,8 @@ def open_decoder(
             f"{type(model).__name__}; pass a LatentDiffusion or an autoencoder, or use the "
             "reference decoder."
         )
-    window = _window(model, window)
-    return LocalDecoder(
-        tiles,
-        size,
-        window=window,
-        halo=receptive_halo(tiles.vae, _latent_channels(tiles.vae)),
-        tile=chosen.tile or 2 * max(window),
-        batch_size=chosen.batch_size,
-        statistics=statistics or getattr(model, "statistics", None) or None,
-        wide=wide_rows(scratch),
+    return _local(
+        model, tiles, size, chosen, _window(model, window), statistics, wide_rows(scratch)
     )
 
 
@@ -168,6 +167,36 @@ def decode_image(model: Any, latent: Tensor, **options: Any) -> Pixels:
     size = int(latent.shape[1]), int(latent.shape[2])
     bands = decode_rows(model, [latent], size, **options)
     return np.concatenate([np.asarray(band) for band in bands])
+
+
+def _local(
+    model: Any,
+    tiles: TileDecoder,
+    size: tuple[int, int],
+    chosen: DecodeSettings,
+    window: tuple[int, int],
+    statistics: Statistics | None,
+    wide: Memory,
+) -> RowDecoder:
+    """The local decoder, with fixed statistics or the windows' own."""
+    known = statistics or getattr(model, "statistics", None) or None
+    fixed = known is not None or not norm_names(tiles.vae)
+    if not (fixed if chosen.fixed is None else chosen.fixed):
+        plan = WindowPlan.regular(*size, window, (-(-window[0] // 2), -(-window[1] // 2)))
+        return OverlappedDecoder(
+            tiles, plan, weights="sine", batch_size=chosen.batch_size, wide=wide
+        )
+    tile = chosen.tile or 2 * max(window)
+    return LocalDecoder(
+        tiles,
+        size,
+        window=window,
+        channels=_latent_channels(tiles.vae),
+        tile=tile,
+        batch_size=max(1, chosen.batch_size * window[0] * window[1] // tile**2),
+        statistics=known,
+        wide=wide,
+    )
 
 
 def _window(model: Any, window: tuple[int, int] | None) -> tuple[int, int]:

@@ -34,8 +34,8 @@ class OverlappedDecoder:
         plan: the tiles on the canvas; its weights are not used.
         weights: weights of a tile's pixels in the blend, by name. The published "gaussian" is
             still 0.21 at a tile's edge, where its convolutions saw zeros for neighbours:
-            half-overlapping tiles leave a faint line there, which "hann", zero at the edge, does
-            not.
+            half-overlapping tiles leave a faint line there, which "sine" and "hann", about zero at
+            the edge, do not.
         batch_size: tiles of one call, at most; belongs to the recipe.
         wide: where rows of latents, tiles and pixels wait.
     """

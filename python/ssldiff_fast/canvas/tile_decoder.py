@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Pixels = npt.NDArray[np.uint8]
-DecodeTiles = Callable[[Tensor], Tensor]  # [B, C, h, w] -> [B, 3, h * f, w * f] in [-1, 1]
+DecodeTiles = Callable[..., Tensor]  # [B, C, h, w] -> [B, 3, h * f, w * f] in [-1, 1]
 
 
 class _Tiles(ABC):
@@ -65,13 +65,16 @@ class _Tiles(ABC):
         self,
         tiles: Tensor,  # [B, C, h, w] fp32
         origins: list[tuple[int, int]],
+        **options: Any,
     ) -> Tensor:  # [B, C', h', w'] fp32
         """Do the tiles; `origins` (y, x) are for the message about one that cannot be done.
+
+        The options are for the autoencoder's `decode` or `encode`.
 
         Raises:
             RuntimeError: a tile is NaN or infinite in float32 too.
         """
-        done = self._run(self.vae, tiles)
+        done = self._run(self.vae, tiles, **options)
         if all_finite(done):
             return done
         finite = torch.isfinite(done).flatten(1).all(1)
@@ -79,7 +82,8 @@ class _Tiles(ABC):
             # float16 ends at 65,504, and first stages are known to pass it now and then.
             if self._wider is None:
                 self._wider = copy.deepcopy(self.vae).float()
-            done[~finite] = self._run(self._wider, tiles[~finite.to(tiles.device)])
+            again = self._run(self._wider, tiles[~finite.to(tiles.device)], **options)
+            done[~finite] = again
             finite = torch.isfinite(done).flatten(1).all(1)
         if not bool(finite.all()):
             first = int((~finite).nonzero()[0])
@@ -92,7 +96,7 @@ class _Tiles(ABC):
         return done
 
     @abstractmethod
-    def _run(self, vae: Any, tiles: Tensor) -> Tensor:
+    def _run(self, vae: Any, tiles: Tensor, **options: Any) -> Tensor:
         """The tiles by one call of an autoencoder."""
 
     def _fitting(self, vae: Any, tiles: Tensor) -> Tensor:
@@ -132,11 +136,11 @@ class TileDecoder(_Tiles):
         made._function = None
         return made
 
-    def _run(self, vae: Any, tiles: Tensor) -> Tensor:
+    def _run(self, vae: Any, tiles: Tensor, **options: Any) -> Tensor:
         if self._function is not None:
-            decoded = self._function(tiles)
+            decoded = self._function(tiles, **options)
         else:
-            decoded = vae.decode(self._fitting(vae, self.unscaled(tiles)))
+            decoded = vae.decode(self._fitting(vae, self.unscaled(tiles)), **options)
         # diffusers wraps what it decodes.
         return getattr(decoded, "sample", decoded).float()
 
@@ -168,8 +172,8 @@ class TileEncoder(_Tiles):
             )
         self.factor = int(self.vae.downsample_factor)
 
-    def _run(self, vae: Any, tiles: Tensor) -> Tensor:
-        return self.scaled(vae.encode(self._fitting(vae, tiles)).float())
+    def _run(self, vae: Any, tiles: Tensor, **options: Any) -> Tensor:
+        return self.scaled(vae.encode(self._fitting(vae, tiles), **options).float())
 
 
 def to_bytes(

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+_Tile = TypeVar("_Tile")
 
 # Windows that statistics are measured on.
 _SAMPLES = 16
@@ -40,7 +43,14 @@ def batches(size: int, tile: int, halo: int, batch_size: int) -> Iterator[list[S
     """The tiles of an axis in groups that go through the network together, being of one shape:
     all but those at the two ends."""
     spans = [Span.around(top, tile, halo, size) for top in range(0, size, tile)]
-    for _, group in itertools.groupby(spans, lambda span: (span.end - span.begin, span.before)):
+    yield from grouped(spans, lambda span: (span.end - span.begin, span.before), batch_size)
+
+
+def grouped(
+    tiles: Iterable[_Tile], shape: Callable[[_Tile], Any], batch_size: int
+) -> Iterator[list[_Tile]]:
+    """Neighbours of one shape, `batch_size` of them at most."""
+    for _, group in itertools.groupby(tiles, shape):
         members = list(group)
         for first in range(0, len(members), batch_size):
             yield members[first : first + batch_size]

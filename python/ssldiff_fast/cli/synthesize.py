@@ -66,7 +66,7 @@ class BatchSize(click.IntRange):
 @click.option(
     "--decoder",
     type=click.Choice(["reference", "local", "global"]),
-    help="Overlapping tiles as published, disjoint tiles with a halo, or the whole at once.",
+    help="Overlapping tiles as published, fewer or disjoint tiles, or the whole at once.",
 )
 @click.option("--decode-stride", type=int, help="Stride of the reference decoder's tiles.")
 @click.option("--wrap", type=click.Choice(["x", "y", "both"]), help="Tileable along it.")

@@ -10,31 +10,28 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
-from ssldiff_fast.models.autoencoder_blocks import AttnBlock
+from ssldiff_fast.models.autoencoder_blocks import AttnBlock, arranged, attended
 from ssldiff_fast.models.group_norm import GroupNormSiLU
-from ssldiff_fast.ops import (
-    GroupNormStatistics,
-    WindowPlan,
-    gather_windows,
-    group_norm_statistics,
-    scatter_mean,
-)
+from ssldiff_fast.models.products import conv1x1
+from ssldiff_fast.ops import GroupNormStatistics, group_norm_statistics
 
 # Statistics of the norms, by the names of their modules.
 Statistics: TypeAlias = Mapping[str, GroupNormStatistics]
 
+Interval: TypeAlias = tuple[int, int]  # [begin, end) of the positions of a map, along one axis
+Intervals: TypeAlias = tuple[Interval, ...]  # along y and x
+
+# A window serves a block of queries this many times smaller along each side.
+_BLOCKS = 4
 # Sides of the inputs that the halo is looked for in, in latents.
 _SIDES = (40, 96, 192)
 # A ReLU may be shut on a path that another input opens.
@@ -61,7 +58,12 @@ class FixedGroupNorm(nn.Module):
 
 
 class WindowedAttention(nn.Module):
-    """Attention of an `AttnBlock` within overlapping windows, blended by Hann weights."""
+    """Attention of an `AttnBlock` to the window around what attends.
+
+    Queries of a block of positions, a quarter of a window wide, attend to the window around it. At
+    the borders of the map that window moves inwards. Blocks lie on a lattice of the whole map, so
+    that they are the same for every part of it.
+    """
 
     def __init__(self, block: AttnBlock, window: tuple[int, int]) -> None:
         super().__init__()
@@ -72,25 +74,64 @@ class WindowedAttention(nn.Module):
         self,
         x: Tensor,  # [B, C, H, W]
     ) -> Tensor:  # [B, C, H, W]
-        height, width = x.shape[-2:]
-        if height <= self.window[0] and width <= self.window[1]:
-            return self.block(x)
-        h, w = min(self.window[0], height), min(self.window[1], width)
-        # Three quarters of a window: 0.4 grey levels from half windows, at half of their work.
-        strides = max(1, 3 * h // 4), max(1, 3 * w // 4)
-        plan = WindowPlan.regular(height, width, (h, w), strides, weights="hann")
-        block, normed = self.block, self.block.norm(x)
-        maps = torch.cat([conv(normed) for conv in (block.q, block.k, block.v)], dim=1)
-        blended = torch.stack([self._attended(sample, plan) for sample in maps])
-        return x + block.proj_out(blended.to(x.dtype))
+        sizes = x.shape[2], x.shape[3]
+        whole = (0, sizes[0]), (0, sizes[1])
+        return self.part(x, whole, whole, sizes)
 
-    def _attended(self, maps: Tensor, plan: WindowPlan) -> Tensor:
-        """[3 C, H, W], queries, keys and values, to the blended attention [C, H, W]."""
-        windows = gather_windows(maps, plan, torch.arange(len(plan)))
-        positions = windows.flatten(2).transpose(1, 2).contiguous()[:, None]
-        query, key, value = positions.chunk(3, dim=-1)
-        out = F.scaled_dot_product_attention(query, key, value)[:, 0]
-        return scatter_mean(out.transpose(1, 2).unflatten(2, plan.window), plan)
+    def part(
+        self,
+        x: Tensor,  # [B, C, n, m], the positions `given`
+        given: Intervals,
+        wanted: Intervals,
+        sizes: tuple[int, int],
+    ) -> Tensor:  # [B, C, n', m'], the positions `wanted`
+        """Some positions of a map of `sizes`, of those that `reach` says they need, or more."""
+        block, normed = self.block, self.block.norm(x)
+        inner, residual = (arranged(cropped(map_, given, wanted)) for map_ in (normed, x))
+        # [B, n, m, C] from here on: the rows of matrices lie in one piece.
+        key, value = (conv1x1(normed, c).permute(0, 2, 3, 1) for c in (block.k, block.v))
+        query = conv1x1(inner, block.q).permute(0, 2, 3, 1)
+        made = torch.empty_like(query)
+        rows, columns = (
+            list(self.blocks(interval, size, axis))
+            for axis, (interval, size) in enumerate(zip(wanted, sizes))
+        )
+        for (here_y, seen_y), (here_x, seen_x) in itertools.product(rows, columns):
+            here, seen = (
+                (slice(None), *(slice(a - begin, b - begin) for (a, b), (begin, _) in pairs))
+                for pairs in (zip((here_y, here_x), wanted), zip((seen_y, seen_x), given))
+            )
+            queries = query[here]
+            positions = (queries, key[seen], value[seen])
+            q, k, v = (part.flatten(1, 2).contiguous()[:, None] for part in positions)
+            made[here] = attended(q, k, v)[:, 0].view(queries.shape)
+        return conv1x1(made.permute(0, 3, 1, 2), block.proj_out, add=residual)
+
+    def reach(self, wanted: Interval, size: int, axis: int) -> Interval:
+        """The positions that some depend on, along one axis of a map of `size`."""
+        seen = [interval for _, interval in self.blocks(wanted, size, axis)]
+        return min(seen[0][0], wanted[0]), max(seen[-1][1], wanted[1])
+
+    def blocks(self, wanted: Interval, size: int, axis: int) -> Iterator[tuple[Interval, Interval]]:
+        """The blocks of the positions wanted, and the window that each sees."""
+        window = min(self.window[axis], size)
+        step = max(1, window // _BLOCKS) if window < size else size
+        for begin in range(wanted[0] // step * step, wanted[1], step):
+            first = min(max(0, begin + step // 2 - window // 2), size - window)
+            here = max(begin, wanted[0]), min(begin + step, wanted[1])
+            yield here, (first, first + window)
+
+
+def cropped(
+    x: Tensor,  # [B, C, n, m], the positions `given`
+    given: Intervals,
+    kept: Intervals,
+) -> Tensor:  # [B, C, n', m'], the positions `kept`
+    """Some of the positions of a map."""
+    (top, bottom), (left, right) = (
+        (begin - first, end - first) for (begin, end), (first, _) in zip(kept, given)
+    )
+    return x[:, :, top:bottom, left:right]
 
 
 def norm_names(network: nn.Module, prefix: str = "") -> list[str]:
@@ -164,18 +205,6 @@ def statistics_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, GroupNor
             )
         result[name] = GroupNormStatistics.from_variance(mean.float(), variance.float())
     return result
-
-
-def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Write statistics to a safetensors file, which is there whole or not at all."""
-    part = path.with_suffix(".part")
-    save_file(statistics_to_tensors(statistics), part)
-    os.replace(part, path)
-
-
-def load_statistics(path: Path) -> dict[str, GroupNormStatistics]:
-    """Read what `save_statistics` wrote."""
-    return statistics_from_tensors(load_file(path))
 
 
 def local_autoencoder(

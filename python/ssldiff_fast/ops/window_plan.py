@@ -29,15 +29,23 @@ def gaussian(size: int) -> Tensor:
     return torch.exp(-((u / GAUSSIAN_WIDTH) ** 2)).to(torch.float32)
 
 
-def _hann(size: int) -> Tensor:
+def _arch(size: int) -> Tensor:
     # Sampled at pixel centres, so that no weight is 0 and a window may stand alone.
-    centres = (torch.arange(size, dtype=torch.float64) + 0.5) / size
-    return (torch.sin(math.pi * centres) ** 2).to(torch.float32)
+    return torch.sin(math.pi * (torch.arange(size, dtype=torch.float64) + 0.5) / size)
+
+
+def _sine(size: int) -> Tensor:
+    return _arch(size).to(torch.float32)
+
+
+def _hann(size: int) -> Tensor:
+    return (_arch(size) ** 2).to(torch.float32)
 
 
 WEIGHTS: dict[str, Callable[[int], Tensor]] = {
     "uniform": _uniform,
     "gaussian": gaussian,
+    "sine": _sine,
     "hann": _hann,
 }
 

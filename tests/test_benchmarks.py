@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make gpu` runs, and what it says where it cannot."""
+"""What `make gpu` runs, what it says where it cannot, and a baseline without its library."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from ssldiff_fast.canvas import canvas_noise
+from tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,3 +60,15 @@ def test_without_a_gpu_it_says_so_in_one_sentence() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"make gpu: torch {torch.__version__} sees no CUDA device; ")
     assert done.stderr.count("\n") == 1
+
+
+@torch.no_grad()
+def test_tiles_without_diffusers_are_decoded_as_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tiled_decode = importlib.import_module("tiled_decode")
+    model, z = tiny_model(), canvas_noise(0, 3, 20, 13)[None]
+    expected = tiled_decode.tiled_decoder(model)(z)
+    monkeypatch.setattr(tiled_decode, "HAS_DIFFUSERS", False)
+    made = tiled_decode.tiled_decoder(model)(z)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)

@@ -214,3 +214,35 @@ def test_reuse_belongs_to_the_recipe_and_is_refused_where_it_has_no_use(
         with pytest.raises(ValueError, match=said):
             make(model, tmp_path / "none.tif", reuse=2, **{**options, **changes})
     assert not list(tmp_path.glob("none*"))
+
+
+def test_the_command_that_reuses_goes_on_after_ctrl_c_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "tiny")
+    tiny_grid(model).save(tmp_path / "grid.h5")
+    out = tmp_path / "out.tif"
+    words = ["synthesize", str(tmp_path / "grid.h5"), "--model", str(tmp_path / "tiny")]
+    words += ["--steps", "3", "--reuse", "2", "-o"]
+    assert main([*words, str(tmp_path / "whole.tif"), "--preset", "paper"]) == 0
+    words.append(str(out))
+    with_deep, calls = type(model.unet).with_deep, []
+
+    def interrupting(self: Any, *arguments: Any) -> Any:
+        calls.append(len(arguments) > 3 and arguments[3] is not None)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return with_deep(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.unet), "with_deep", interrupting)
+        assert main([*words, "--preset", "paper"]) == 130
+    assert calls == [False] * 5 + [True] * 2  # five window rows, then the second step's
+    assert main([*words, "--preset", "paper", "--resume"]) == 0
+    assert out.read_bytes() == (tmp_path / "whole.tif").read_bytes()
+    capsys.readouterr()
+    assert main([*words, "--preset", "fast", "--overwrite"]) == 2
+    assert "reuse is 2, but these windows move" in capsys.readouterr().err
+    assert main([*words, "--patches"]) == 2
+    assert "--reuse is for large images" in capsys.readouterr().err

@@ -101,20 +101,21 @@ def test_attention_sees_the_window_around_what_attends() -> None:
     statistics = GroupNormStatistics.from_variance(torch.zeros_like(one), one)
     block.norm = FixedGroupNorm(block.norm, statistics)  # type: ignore[assignment]
     attention = WindowedAttention(block, (16, 16)).eval()
-    # Blocks of 4 on a map of 45, of which 6 to 42 are wanted.
-    blocks = list(attention.blocks((6, 42), 45, 0))
-    assert [here for here, _ in blocks] == [
-        (6, 8), *((begin, begin + 4) for begin in range(8, 40, 4)), (40, 42)
-    ]  # fmt: skip
-    assert [seen for _, seen in blocks] == [
-        (begin, begin + 16) for begin in (0, 2, 6, 10, 14, 18, 22, 26, 29, 29)
+    # Blocks of 8 on a map of 45, of which 6 to 42 are wanted.
+    assert list(attention.blocks((6, 42), 45, 0)) == [
+        ((6, 8), (0, 16)),
+        ((8, 16), (4, 20)),
+        ((16, 24), (12, 28)),
+        ((24, 32), (20, 36)),
+        ((32, 40), (28, 44)),
+        ((40, 42), (29, 45)),
     ]
     assert attention.reach((6, 42), 45, 0) == (0, 45)
     x = canvas_noise(0, 32, 45, 21)[None]
     changed = x.clone()
     changed[:, :, :6] += 1.0
     made, other = attention(x), attention(changed)
-    assert torch.equal(made[:, :, 16:], other[:, :, 16:])  # the window of 16 begins at 10
+    assert torch.equal(made[:, :, 16:], other[:, :, 16:])  # the window of 16 begins at 12
     assert not torch.allclose(made[:, :, 8:12], other[:, :, 8:12])
     # A map narrower than a window is seen whole, at once.
     assert list(attention.blocks((2, 9), 9, 1)) == [((2, 9), (0, 9))]

@@ -31,7 +31,7 @@ Interval: TypeAlias = tuple[int, int]  # [begin, end) of the positions of a map,
 Intervals: TypeAlias = tuple[Interval, ...]  # along y and x
 
 # A window serves a block of queries this many times smaller along each side.
-_BLOCKS = 4
+_BLOCKS = 2
 # Sides of the inputs that the halo is looked for in, in latents.
 _SIDES = (40, 96, 192)
 # A ReLU may be shut on a path that another input opens.
@@ -60,7 +60,7 @@ class FixedGroupNorm(nn.Module):
 class WindowedAttention(nn.Module):
     """Attention of an `AttnBlock` to the window around what attends.
 
-    Queries of a block of positions, a quarter of a window wide, attend to the window around it. At
+    Queries of a block of positions, half a window wide, attend to the window around it. At
     the borders of the map that window moves inwards. Blocks lie on a lattice of the whole map, so
     that they are the same for every part of it.
     """

@@ -17,7 +17,7 @@ from PIL import Image
 
 import ssldiff_fast as sf
 from ssldiff_fast import patches
-from ssldiff_fast.canvas import CanvasDenoiser, GridField, WindowPlan, sample
+from ssldiff_fast.canvas import CanvasDenoiser, GridField, WindowPlan, get_preset, sample
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.cli import main
 from ssldiff_fast.models.ldm import LatentDiffusion
@@ -312,6 +312,11 @@ def empty(model: LatentDiffusion) -> Grid:
         ({"format": "jpeg", "quality": 101}, ValueError, "quality is 101"),
         ({"steps": 0}, ValueError, "steps is 0"),
         ({"preset": "best"}, ValueError, "preset is 'best'"),
+        (
+            {"preset": dataclasses.replace(get_preset("paper"), reuse=2)},
+            ValueError,
+            "the preset's reuse is 2, but that is for large images",
+        ),
         ({"device": "cpu"}, ValueError, "device, dtype and execution are for a model that is"),
         ({"grid": with_nan}, ValueError, "NaN or infinity in 1 cell"),
         ({"grid": empty}, ValueError, "no valid cell"),

@@ -137,6 +137,12 @@ def synthesize_patches(
     """
     call = "synthesize_patches"
     chosen = settle(preset, steps=steps, guidance_scale=guidance_scale, eta=eta)
+    for name, off in (("guidance_interval", None), ("reuse", 1)):
+        if getattr(chosen, name) != off:
+            raise ValueError(
+                f"{call}: the preset's {name} is {getattr(chosen, name)}, but that is for large "
+                "images alone; use a preset without it."
+            )
     batch_size = check_count("batch_size", batch_size, call=call)
     all_seeds = range(check_seed(seed), check_seed(seed) + check_count("seeds", seeds, call=call))
     check_seed(all_seeds[-1])

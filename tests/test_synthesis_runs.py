@@ -165,14 +165,19 @@ def test_what_does_not_go_together_is_said_and_nothing_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def tiny_command(folder: Path) -> tuple[LatentDiffusion, list[str]]:
+    """A small model, and the words that synthesize a grid with it, both saved in a folder."""
+    model = tiny_model()
+    model.save_pretrained(folder / "tiny")
+    tiny_grid(model).save(folder / "grid.h5")
+    return model, ["synthesize", str(folder / "grid.h5"), "--model", str(folder / "tiny")]
+
+
 def test_the_command_stops_on_ctrl_c_and_goes_on_when_given_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_model()
-    model.save_pretrained(tmp_path / "tiny")
-    tiny_grid(model).save(tmp_path / "grid.h5")
+    model, words = tiny_command(tmp_path)
     out = tmp_path / "out.tif"
-    words = ["synthesize", str(tmp_path / "grid.h5"), "--model", str(tmp_path / "tiny")]
     words += ["--steps", "3", "-o"]
     assert main([*words, str(tmp_path / "whole.tif")]) == 0
     forward, calls = type(model.unet).forward, []
@@ -219,11 +224,8 @@ def test_reuse_belongs_to_the_recipe_and_is_refused_where_it_has_no_use(
 def test_the_command_that_reuses_goes_on_after_ctrl_c_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_model()
-    model.save_pretrained(tmp_path / "tiny")
-    tiny_grid(model).save(tmp_path / "grid.h5")
+    model, words = tiny_command(tmp_path)
     out = tmp_path / "out.tif"
-    words = ["synthesize", str(tmp_path / "grid.h5"), "--model", str(tmp_path / "tiny")]
     words += ["--steps", "3", "--reuse", "2", "-o"]
     assert main([*words, str(tmp_path / "whole.tif"), "--preset", "paper"]) == 0
     words.append(str(out))

@@ -115,7 +115,8 @@ class TiffSink(TileSink):
         if hasattr(os, "posix_fadvise"):
             file.flush()
             length = self._end - begin
-            os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):  # a file system may have no use for the hint
+                os.posix_fadvise(file.fileno(), begin, length, os.POSIX_FADV_DONTNEED)
 
     def framed(self, data: bytes) -> bytes:
         """A tile with what stands before and behind it in the file, as much as before."""

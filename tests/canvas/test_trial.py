@@ -162,3 +162,22 @@ def test_on_a_cpu_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trial.fitting_windows(denoiser, 10**6, most=10**6, guided=True) == 10**6
     settings = DecodeSettings(batch_size=10**6)
     assert trial.fitting_tiles(denoiser.model, (64, 64), settings) == settings
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_windows_that_do_not_fit_are_halved_and_then_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    denoiser = LDMDenoiser(tiny_model().to("cuda"))
+    trial.evaluate(denoiser, 16, guided=True)  # loads libraries, whose memory is not the windows'
+    torch.cuda.empty_cache()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    limit = torch.cuda.memory_reserved() + 2**28
+    torch.cuda.set_per_process_memory_fraction(limit / whole)
+    try:
+        taken = trial.fitting_windows(denoiser, 2**16, most=2**16, guided=True)
+        assert 16 <= taken < 2**16
+        assert f"{2**16} windows at once do not fit into memory: {taken} are taken" in caplog.text
+        trial.evaluate(denoiser, taken, guided=True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

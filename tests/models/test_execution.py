@@ -128,3 +128,27 @@ def test_where_no_graph_can_be_captured_the_log_says_why(
     out = evaluated(network_for(unet), "cuda")
     assert torch.equal(out, evaluated(FusedUNet(unet), "cuda"))
     assert "no CUDA graph could be captured (operation not permitted" in caplog.text
+
+
+class Greedy:
+    """A network that runs out of memory where more windows than it has room for are captured."""
+
+    def __init__(self, network: FusedUNet, room: int) -> None:
+        self.network, self.room = network, room
+        self.prepare, self.prepare_time = network.prepare, network.prepare_time
+
+    def __call__(self, x: Tensor, *others: Any) -> Tensor:
+        if torch.cuda.is_current_stream_capturing() and len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return self.network(x, *others)
+
+
+@pytest.mark.gpu
+def test_a_lack_of_memory_while_capturing_is_told_and_smaller_ones_are_captured() -> None:
+    unet = fill(UNet(**SMALL)).to("cuda", memory_format=torch.channels_last)
+    eager = FusedUNet(unet)
+    graphed = GraphedNetwork(Greedy(eager, 2), unet)
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluated(graphed, "cuda", 3)
+    assert torch.equal(evaluated(graphed, "cuda", 2), evaluated(eager, "cuda", 2))
+    assert graphed._graphs

@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 
 from operator_cases import KNOWN_WORDS
@@ -50,7 +51,26 @@ def run(device: str) -> dict[str, str]:
                     with through_triton():
                         made = there.map(LAYOUTS[layout]).run(operator.run)
                     found[f"{name} {case} {dtype} {layout}"] = difference(made, expected)
-    return {**found, **_run_words(device)}
+    return {**found, **_run_words(device), **_run_gated_products(device)}
+
+
+def _run_gated_products(device: str) -> dict[str, str]:
+    """Of sizes that fill tiles and that do not; Triton's interpreter has no product of bfloat16."""
+    found = {}
+    for dtype in (torch.float16, torch.bfloat16)[: 1 if device == "cpu" else 2]:
+        for rows, summands, width in ((130, 72, 72), (256, 64, 128), (3, 8, 8)):
+            x, weight, bias = (
+                torch.randn(*size).to(dtype)
+                for size in ((rows, summands), (2 * width, summands), (2 * width,))
+            )
+            values, gates = F.linear(x.double(), weight.double(), bias.double()).chunk(2, -1)
+            expected = values * F.gelu(gates)
+            given = (part.to(device) for part in (x, weight, bias))
+            out = geglu_kernels.geglu_linear(*given).cpu().double()
+            away = float((out - expected).norm() / expected.norm())
+            name = f"geglu_linear {rows} x {summands} x {width} {dtype}"
+            found[name] = "" if away < torch.finfo(dtype).eps else f"{away:.1e} away"
+    return found
 
 
 def _run_words(device: str) -> dict[str, str]:
@@ -217,6 +237,15 @@ def _map_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             (f"geglu {dtype}", geglu_kernels.geglu_kernel, these, {"BLOCK": 1024}),
             (f"layer_norm {dtype}", layer_norm_kernels.layer_norm_kernel, these, rows),
         ]
+    block_m, block_w, block_k = geglu_kernels.TILE
+    product = {"BLOCK_M": block_m, "BLOCK_W": block_w, "BLOCK_K": block_k, "SUMMANDS": 384}
+    tiles = {"x_tile": (block_m, block_k), "weight_tile": (block_w, block_k)}
+    tiles["out_tile"] = (block_m, block_w)
+    for dtype in ("bf16", "fp16"):
+        types = {name: f"tensordesc<{dtype}{list(tile)}>" for name, tile in tiles.items()}
+        types |= {"bias_ptr": f"*{dtype}", "rows": "i32", "width": "i32"}
+        kernel = geglu_kernels.geglu_linear_kernel
+        cases.append((f"geglu_linear {dtype}", kernel, types, {**product, "GROUP": 8}))
     return cases
 
 

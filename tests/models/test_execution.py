@@ -138,9 +138,10 @@ class Greedy:
         self.prepare, self.prepare_time = network.prepare, network.prepare_time
 
     def __call__(self, x: Tensor, *others: Any) -> Tensor:
+        out = self.network(x, *others)
         if torch.cuda.is_current_stream_capturing() and len(x) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return self.network(x, *others)
+        return out
 
 
 @pytest.mark.gpu

@@ -8,8 +8,10 @@ It reads the parameters of a `UNet` and computes what that computes, up to round
 - Biases before a norm travel with the timestep's shift, those before a residual with the residual.
 - Nearest-neighbour enlargement and the 3x3 convolution that follows are one transposed convolution
   of stride 2 with a 4x4 filter (each output meets four inputs, not nine): 16 products for 36.
-- Products add to the residual stream in place; gates are one pass; heads wider than any fused
-  attention kernel takes go through products.
+- Products add to the residual stream in place; gates are made where their product is; heads wider
+  than any fused attention kernel takes go through products.
+- A batch goes in parts that run side by side, so that what waits for memory in one hides behind the
+  arithmetic of another.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,9 @@ from torch import Tensor, nn
 from ssldiff_fast.models.attention import BasicTransformerBlock, SpatialTransformer
 from ssldiff_fast.models.feed_forward import GEGLU
 from ssldiff_fast.models.group_norm import GroupNormSiLU
+from ssldiff_fast.models.packed import PackedWeights
 from ssldiff_fast.models.prepared import PreparedContext, TimeVectors, TokenVectors
+from ssldiff_fast.models.side_by_side import side_by_side
 from ssldiff_fast.models.unet import UNet
 from ssldiff_fast.models.unet_blocks import Downsample, ResBlock, Stage, Upsample
 from ssldiff_fast.ops import token_attention
@@ -40,6 +44,9 @@ WIDE_HEAD = 256
 FEW_POSITIONS = 128
 # Logits of more positions than this would take more memory than all else.
 MOST_POSITIONS = 2048
+
+# Evaluations from which on a batch is halved.
+HALVED = 64
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -151,12 +158,13 @@ class FusedUNet:
         """The model output, as `UNet.forward`; float32 is never rounded to TF32, and the same
         input gives the same bits."""
         with torch.no_grad(), exact_convolutions():
-            return self._evaluated(x, time, context)
+            evaluate = partial(self._evaluated, time)
+            return side_by_side(evaluate, x, context, parts=parts_of(x, context))
 
-    def _evaluated(self, x: Tensor, time: TimeVectors, context: PreparedContext) -> Tensor:
+    def _evaluated(self, time: TimeVectors, x: Tensor, context: PreparedContext) -> Tensor:
         unet = self.unet
-        weight = _conv(unet.input_blocks[0][0]).weight  # type: ignore[index]
-        hidden = _first(x.to(weight.dtype), _conv(unet.input_blocks[0][0]))  # type: ignore[index]
+        first = _conv(next(unet.input_blocks[0].children()))
+        hidden = _first(x.to(first.weight.dtype), first)
         skips = [hidden]
         for stage in list(unet.input_blocks)[1:]:
             hidden = _stage(stage, [hidden], time, context)
@@ -167,6 +175,11 @@ class FusedUNet:
         last = _conv(unet.out[2])
         maps = _as_maps(_norm(unet.out[0], [hidden]), hidden.size)
         return F.conv2d(maps, last.weight, last.bias, padding=1).to(x.dtype)
+
+
+def parts_of(x: Tensor, context: PreparedContext) -> int:
+    """How many parts of a batch run side by side."""
+    return 2 if x.is_cuda and len(context) >= HALVED and len(x) > 1 else 1
 
 
 @contextlib.contextmanager
@@ -239,7 +252,7 @@ def _res_block(
         else:  # half as many, of a guided pair before its two differ: once for both
             made = (rows @ weight.t()).unflatten(0, source.values.shape[:2])
             other = made if other is None else other + made
-    return _added(out, size, other, second.bias + skip.bias)
+    return _added(out, size, other, _sums.of(block, second.bias, skip.bias)[0])
 
 
 def _transformer(block: SpatialTransformer, source: _Map, context: PreparedContext) -> _Map:
@@ -252,7 +265,7 @@ def _transformer(block: SpatialTransformer, source: _Map, context: PreparedConte
         tokens = _tokens(inner, tokens, context.blocks[block.first_block + number])
         after = _linear(inner.ff.net[2]).bias
         if number == last:
-            bias = bias + out.weight.flatten(1) @ after
+            bias = _carried.of(block, bias, out.weight, after)[0]
         else:
             tokens += after
     made = tokens @ out.weight.flatten(1).t()
@@ -264,7 +277,6 @@ def _tokens(
     tokens: Tensor,  # [N, L, C], changed
     vectors: TokenVectors,
 ) -> Tensor:  # [N or 2 N, L, C], without the feed-forward's last bias
-    from ssldiff_fast.kernels.geglu import geglu
     from ssldiff_fast.kernels.layer_norm import layer_norm
 
     first, norm, before = block.attn1, block.norm3, block.norm1
@@ -293,12 +305,20 @@ def _tokens(
         normed = block.norm2(tokens)
         tokens = block.attn2.attend(normed, vectors.keys, vectors.values, add=tokens)
         normed = norm(tokens)
-    gates = block.ff.net[0]
-    assert isinstance(gates, GEGLU)  # for the type checker
-    project = gates.proj
-    gated = geglu(F.linear(normed, project.weight, project.bias))
+    gated = _gated(block.ff.net[0], normed)
     _accumulate(tokens, gated, _linear(block.ff.net[2]).weight)
     return tokens
+
+
+def _gated(gates: nn.Module, x: Tensor) -> Tensor:
+    from ssldiff_fast.kernels.geglu import HALF, geglu, geglu_linear
+
+    assert isinstance(gates, GEGLU)  # for the type checker
+    weight, bias = gates.proj.weight, gates.proj.bias
+    # Before Hopper descriptors of tiles are addresses to Triton, and loads wait for each other.
+    if x.dtype in HALF and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
+        return geglu_linear(x, weight, bias)
+    return geglu(F.linear(x, weight, bias))
 
 
 def _accumulate(
@@ -364,14 +384,22 @@ def _as_maps(rows: Tensor, size: tuple[int, int]) -> Tensor:  # [N, L, C] to [N,
     return rows.unflatten(1, size).permute(0, 3, 1, 2)
 
 
-@dataclass(frozen=True, eq=False)
-class _Filter:
-    filter: Tensor  # [C, out, 4, 4]
-    made_from: tuple[Any, ...]
+def _enlarged(weight: Tensor) -> tuple[Tensor]:
+    w = weight.detach().double()
+    for axis in (2, 3):
+        a, b, c = w.unbind(axis)
+        w = torch.stack((c, b + c, a + b, a), axis)
+    made = w.transpose(0, 1).to(weight.dtype)
+    return (made.contiguous(memory_format=torch.channels_last),)
 
 
-# Gone with the layer; made anew when its weights have changed.
-_filters: WeakKeyDictionary[nn.Module, _Filter] = WeakKeyDictionary()
+def _product_added(bias: Tensor, weight: Tensor, other: Tensor) -> tuple[Tensor]:
+    return (bias + weight.flatten(1) @ other,)
+
+
+_filters = PackedWeights(_enlarged)
+_sums = PackedWeights(lambda first, second: (first + second,))
+_carried = PackedWeights(_product_added)
 
 
 def enlarging(conv: nn.Conv2d) -> Tensor:  # [C, out, 4, 4]
@@ -380,18 +408,7 @@ def enlarging(conv: nn.Conv2d) -> Tensor:  # [C, out, 4, 4]
     With out(p) = sum_d w(d) up(p + d - 1) and up(q) = x(q // 2), the input i meets the output p by
     w(2 - k) + w(3 - k), where k = p + 1 - 2 i is one of 0 to 3 and w is zero outside 0 to 2.
     """
-    weight = conv.weight
-    version = -1 if weight.is_inference() else weight._version
-    made_from = (weight.data_ptr(), version, weight.dtype, weight.device)
-    found = _filters.get(conv)
-    if found is None or found.made_from != made_from:
-        w = weight.detach().double()
-        for axis in (2, 3):
-            a, b, c = w.unbind(axis)
-            w = torch.stack((c, b + c, a + b, a), axis)
-        made = w.transpose(0, 1).to(weight.dtype).contiguous(memory_format=torch.channels_last)
-        found = _filters[conv] = _Filter(made, made_from)
-    return found.filter
+    return _filters.of(conv, conv.weight)[0]
 
 
 def _conv(module: nn.Module) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights packed for our operators on a CPU: made at first use, anew whenever they changed."""
+"""What is made of weights before they are used: at first use, anew whenever they changed."""
 
 from __future__ import annotations
 

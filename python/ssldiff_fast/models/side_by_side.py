@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of a batch on a GPU at the same time, each on a stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ssldiff_fast.models.prepared import PreparedContext
+
+
+def side_by_side(
+    evaluate: Callable[[Tensor, PreparedContext], Tensor],
+    x: Tensor,  # [B, C, h, w]
+    context: PreparedContext,  # of B windows, or 2 B: guided pairs
+    *,
+    parts: int,
+) -> Tensor:  # [B or 2 B, C, h, w]
+    """What a network makes of some windows, evaluated in as many parts.
+
+    The first part runs on the current stream, which in the end waits for the others. Streams that
+    are captured this way are branches of one graph.
+    """
+    if parts == 1:
+        return evaluate(x, context)
+    current = torch.cuda.current_stream(x.device)
+    begin = current.record_event()
+    each = len(context) // len(x)
+    outs: list[Tensor] = []
+    ends: list[torch.cuda.Event] = []
+    for number, numbers in enumerate(torch.arange(len(x)).tensor_split(parts)):
+        some = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        stream = torch.cuda.Stream(x.device) if number else current
+        stream.wait_event(begin)
+        with torch.cuda.stream(stream):
+            of_these = context.map(lambda vectors, some=some: _of(vectors, each, some))
+            outs.append(evaluate(x[some], of_these).unflatten(0, (each, -1)))
+        outs[-1].record_stream(current)
+        ends.append(stream.record_event())
+    for end in ends:
+        current.wait_event(end)
+    return torch.cat(outs, 1).flatten(0, 1)
+
+
+def _of(
+    vectors: Tensor,  # [each * B, ...]
+    each: int,
+    some: slice,
+) -> Tensor:  # [each * windows, ...]
+    return vectors.unflatten(0, (each, -1))[:, some].flatten(0, 1)

@@ -27,7 +27,7 @@ from ssldiff_fast.diffusion import Schedule
 from ssldiff_fast.models.autoencoder import VQModel
 from ssldiff_fast.models.conditioner import PatchConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
-from ssldiff_fast.models.prepared import PreparedContext
+from ssldiff_fast.models.prepared import PreparedContext, TimeVectors
 from ssldiff_fast.models.unet import UNet
 
 
@@ -115,6 +115,36 @@ def test_the_blocks_vectors_are_made_once_for_all_steps(
     # The vectors go with the state, as its owner drops it.
     del state
     assert len(denoiser._prepared) == 0
+
+
+def test_a_timestep_is_prepared_once_for_all_window_sets_until_weights_change(
+    model: LatentDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(model)
+    denoiser, x = LDMDenoiser(model), golden_input("some windows", 2, 3, 32, 32)
+    times: list[float] = []
+    prepare_time = model.unet.prepare_time
+
+    def counted(t: torch.Tensor) -> TimeVectors:
+        times.append(float(t))
+        return prepare_time(t)
+
+    monkeypatch.setattr(model.unet, "prepare_time", counted)
+    cond, index = golden_input("some embeddings", 5, 1, 48), torch.tensor([4, 1])
+    with torch.no_grad():
+        for state in [denoiser.prepare(cond, None) for _ in range(3)]:
+            before = [denoiser(x, t, state, index) for t in (981.0, 961.0)][-1]
+        assert times == [981.0, 961.0]
+        model.unet.time_embed[0].weight.mul_(1.5)
+        after = denoiser(x, 961.0, denoiser.prepare(cond, None), index)
+    assert times == [981.0, 961.0, 961.0]
+    assert not torch.equal(before, after)
+    monkeypatch.setattr(ldm_denoiser, "PREPARED_TIMES", 2)
+    with torch.no_grad():
+        for t in (981.0, 961.0, 941.0, 941.0):
+            denoiser(x, t, state, index)
+    assert times[3:] == [981.0, 941.0]
+    assert len(denoiser._times) == 2
 
 
 def test_what_does_not_fit_is_prepared_again_and_the_bits_are_the_same(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssldiff_fast.models.execution import Network, network_for
+from ssldiff_fast.models.fused_unet import versions_of
 from ssldiff_fast.models.threads import timed
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 # Of prepared vectors, which are some twenty times the tokens: what was used last is kept. A window
 # set that is larger by itself is prepared batch by batch.
 PREPARED_BYTES = 2**28
+# Timesteps whose vectors are kept: those of all steps, which the wavefront order needs in turn.
+PREPARED_TIMES = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +58,10 @@ class LDMDenoiser:
             )
         self.model = model
         self.conditioner = model.conditioner
-        # Of the last timestep.
-        self._times: WeakKeyDictionary[LDMState, tuple[Any, TimeVectors]] = WeakKeyDictionary()
+        self._parameters = list(model.unet.parameters())
+        # In the order of their last use, and of which weights they were made.
+        self._times: OrderedDict[Any, TimeVectors] = OrderedDict()
+        self._versions: tuple[int, ...] = ()
         # Of the U-Net as it is: its device, its dtype, and how it is run.
         self._network: tuple[Any, Network] | None = None
         # In the order of their last use; gone with the state that they belong to.
@@ -82,7 +88,14 @@ class LDMDenoiser:
         cond: Tensor,  # [N, T, D] fp32
         uncond: Tensor | None,  # [1, T, D] fp32
     ) -> LDMState:
-        """Conditioning tokens of all windows, and the null token once."""
+        """Conditioning tokens of all windows, and the null token once.
+
+        Changes of the U-Net's weights are noticed here, not between the steps of one window set.
+        """
+        versions = versions_of(self._parameters)
+        if versions != self._versions:
+            self._versions = versions
+            self._times.clear()
         # In float32 whatever the network's precision: the conditioner normalises before it casts.
         device = next(self.conditioner.parameters()).device
         tokens = self.conditioner(cond.to(device))
@@ -106,7 +119,7 @@ class LDMDenoiser:
             assert not isinstance(context, Tensor)  # for the type checker
             # Twice as many contexts as windows are guided pairs, which share what both have in
             # common.
-            network, vectors = self.network, self._time(t, state)
+            network, vectors = self.network, self._time(t)
             output = timed(lambda: network(windows, vectors, context), len(context))
         return output.unflatten(0, (-1, x.shape[0])).to(x.device)
 
@@ -123,7 +136,7 @@ class LDMDenoiser:
         unet = self.model.unet
         windows = x.to(next(unet.parameters()).dtype)
         context = self._context(state, index)
-        evaluate = partial(unet.with_deep, windows, self._time(t, state), context, deep)
+        evaluate = partial(unet.with_deep, windows, self._time(t), context, deep)
         # Threads are chosen by evaluations of the whole network, which take longer than others.
         output, deep = timed(evaluate, len(context)) if deep is None else evaluate()
         return output.unflatten(0, (-1, x.shape[0])), deep
@@ -137,15 +150,17 @@ class LDMDenoiser:
             self._network = key, network_for(self.model.unet, self.model.execution)
         return self._network[1]
 
-    def _time(self, t: float, state: LDMState) -> TimeVectors:
-        """What the network takes for a timestep, made once for all batches of a step."""
+    def _time(self, t: float) -> TimeVectors:
+        """What the network takes for a timestep, made once for all batches of all steps."""
         parameter = next(self.model.unet.parameters())
-        key = t, parameter.device, parameter.dtype
-        found = self._times.get(state)
-        if found is None or found[0] != key:
-            time = torch.tensor(t, device=parameter.device)
-            found = self._times[state] = key, self.network.prepare_time(time)
-        return found[1]
+        key = t, parameter.device, parameter.dtype, self.model.execution
+        found = self._times.pop(key, None)
+        if found is None:
+            found = self.network.prepare_time(torch.tensor(t, device=parameter.device))
+        self._times[key] = found
+        if len(self._times) > PREPARED_TIMES:
+            self._times.popitem(last=False)
+        return found
 
     def _context(self, state: LDMState, index: Tensor) -> Tensor | PreparedContext:
         """What the U-Net takes for these windows, the guided pair one after the other."""

@@ -218,12 +218,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-compile", action="store_true", help="B2 without torch.compile")
     parser.add_argument("--keep", action="store_true", help="what the last result has of the rest")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="B2 into torch.compile's cache, and no more"
+    )
     chosen = parser.parse_args()
     figures, aims = kept(chosen.device) if chosen.keep else ({}, [])
     for size in chosen.size or SIZES:
         for dtype in chosen.dtype or DTYPES:
             windows = chosen.windows or WINDOWS[chosen.device, size]
             pairs = Pairs(size, chosen.device, getattr(torch, dtype), windows)
+            if chosen.compile_only:
+                with torch.no_grad(), compiled(pairs, {}):
+                    continue
             found = measure(pairs, size, chosen.rounds, not chosen.no_compile)
             figures[f"{size} {dtype}"] = {"commit": commit(), **found}
             aims = [a for a in aims if f"({size}, {dtype})" not in a["name"]]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def side_by_side(
         stream = torch.cuda.Stream(x.device) if number else current
         stream.wait_event(begin)
         with torch.cuda.stream(stream):
-            of_these = context.map(lambda vectors, some=some: _of(vectors, each, some))
+            of_these = context.map(partial(_of, each=each, some=some))
             outs.append(evaluate(x[some], of_these).unflatten(0, (each, -1)))
         outs[-1].record_stream(current)
         ends.append(stream.record_event())
@@ -46,6 +47,7 @@ def side_by_side(
 
 def _of(
     vectors: Tensor,  # [each * B, ...]
+    *,
     each: int,
     some: slice,
 ) -> Tensor:  # [each * windows, ...]

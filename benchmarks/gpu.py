@@ -33,6 +33,7 @@ TESTS = (
     "tests/models/test_fused_unet.py",
     "tests/models/test_execution.py",
     "tests/models/test_self_attention.py",
+    "tests/models/test_side_by_side.py",
     "tests/test_gpu.py",
 )
 # What matters most comes first.

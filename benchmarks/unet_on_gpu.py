@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from ssldiff_fast.models import UNet, fused_unet
 from ssldiff_fast.models.execution import GraphedNetwork, Network
+from ssldiff_fast.models.feed_forward import GEGLU
 from ssldiff_fast.models.fused_unet import FusedUNet
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ Evaluation = Callable[[], Tensor]
 # Words in the names of kernels, the first that fits counts.
 KINDS = {
     "convolutions": ("fprop", "dgrad", "convolve", "cutlass__5x_cudnn"),
-    "products": ("nvjet", "gemm", "cutlass"),
+    "other products": ("nvjet", "gemm", "cutlass"),
     "norm_silu": ("norm_kernel", "combine_kernel"),
     "add_statistics": ("add_statistics",),
-    "gates": ("geglu",),
+    "gates and their product": ("geglu",),
     "LayerNorm and tokens": ("layer_norm", "token_attention"),
     "softmax and attention": ("softmax", "fmha", "sdpa", "flash"),
 }
@@ -34,6 +35,8 @@ KINDS = {
 
 def without_each(pairs: Pairs) -> dict[str, Evaluation]:
     """Ours without one trick each, as graphs but for the graph itself."""
+    from ssldiff_fast.kernels import softmax  # needs Triton, which CPUs may lack
+
     unet = pairs.last
 
     def graphed(network: Network, change: Any = None, repeat: int = 1) -> Evaluation:
@@ -57,7 +60,23 @@ def without_each(pairs: Pairs) -> dict[str, Evaluation]:
         "wide heads by products": graphed(
             FusedUNet(unet), patch.object(fused_unet, "WIDE_HEAD", 10**9)
         ),
+        "softmax in place": graphed(FusedUNet(unet), patch.object(softmax, "softmax_", _softmax)),
+        "gates in their product": graphed(
+            FusedUNet(unet), patch.object(fused_unet, "_gated", _gated)
+        ),
+        "halves side by side": graphed(FusedUNet(unet), patch.object(fused_unet, "HALVED", 10**9)),
     }
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+def _gated(gates: nn.Module, x: Tensor) -> Tensor:
+    from ssldiff_fast.kernels.geglu import geglu
+
+    assert isinstance(gates, GEGLU)
+    return geglu(F.linear(x, gates.proj.weight, gates.proj.bias))
 
 
 class _Enlarging:

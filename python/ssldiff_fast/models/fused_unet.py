@@ -334,6 +334,8 @@ def _attention(
     key: Tensor,
     value: Tensor,
 ) -> Tensor:  # [N, heads, L, width]
+    from ssldiff_fast.kernels.softmax import softmax_
+
     heads, positions, width = query.shape[1:]
     wide = width > WIDE_HEAD and FEW_POSITIONS <= positions <= MOST_POSITIONS
     if not wide:
@@ -341,7 +343,7 @@ def _attention(
     q, k, v = (part.flatten(0, 1) for part in (query, key, value))
     empty = q.new_empty(()).expand(len(q), positions, positions)
     logits = torch.baddbmm(empty, q, k.mT, beta=0, alpha=width**-0.5)
-    return torch.bmm(logits.softmax(-1), v).unflatten(0, (-1, heads))
+    return torch.bmm(softmax_(logits), v).unflatten(0, (-1, heads))
 
 
 def _norm(norm: nn.Module, sources: list[_Map], *, add: Tensor | None = None) -> Tensor:

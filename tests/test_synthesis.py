@@ -15,7 +15,7 @@ from PIL import Image
 import ssldiff_fast as sf
 from ssldiff_fast.cli import main
 from ssldiff_fast.models.ldm import LatentDiffusion
-from ssldiff_fast.synthesis_plan import background_filled
+from ssldiff_fast.synthesis_inputs import background_filled
 from tiny_models import PATCH_PX, tiny_grid, tiny_model
 
 

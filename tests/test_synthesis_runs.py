@@ -19,7 +19,7 @@ import ssldiff_fast.synthesis as synthesis
 from ssldiff_fast.canvas import StateFolder
 from ssldiff_fast.cli import main
 from ssldiff_fast.models.ldm import LatentDiffusion
-from ssldiff_fast.synthesis_plan import glass_latent
+from ssldiff_fast.synthesis_inputs import glass_latent
 from tiny_models import PATCH_PX, tiny_grid, tiny_model
 
 

@@ -38,15 +38,8 @@ from ssldiff_fast.slides.patch_files import (
     patch_name,
 )
 from ssldiff_fast.slides.slide import RGB
-from ssldiff_fast.synthesis_plan import (
-    CPU_TILES,
-    digest,
-    grid_hash,
-    loaded_model,
-    opened_grid,
-    settle,
-    wanted_grid,
-)
+from ssldiff_fast.synthesis_inputs import grid_hash, loaded_model, opened_grid, wanted_grid
+from ssldiff_fast.synthesis_plan import CPU_TILES, digest, settle
 
 RECIPE_FILE = "recipe.json"
 

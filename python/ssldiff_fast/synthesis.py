@@ -40,15 +40,8 @@ from ssldiff_fast.slides.raster import sidecar
 from ssldiff_fast.slides.writer_state import FILE
 from ssldiff_fast.slides.writer_state import remove_state as remove_writer_state
 from ssldiff_fast.slides.writers import check_out, open_writer
-from ssldiff_fast.synthesis_plan import (
-    Geometry,
-    Plan,
-    digest,
-    loaded_model,
-    opened_grid,
-    settle,
-    wanted_grid,
-)
+from ssldiff_fast.synthesis_inputs import loaded_model, opened_grid, wanted_grid
+from ssldiff_fast.synthesis_plan import Geometry, Plan, digest, settle
 from ssldiff_fast.synthesis_space import WaitingRows
 
 # A canvas with more bytes than this is denoised in the wavefront order.

@@ -32,7 +32,7 @@ When: TypeAlias = float | Path | None
 _ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 KINDS: dict[str, dict[str, Any]] = {
-    "wavefront.tif": {"order": "wavefront", "decoder": "local"},
+    "wavefront.tif": {"order": "wavefront", "decoder": "local", "mask": True},
     "plain.png": {"order": "plain", "decoder": "reference"},
 }
 
@@ -46,7 +46,9 @@ MODEL.set_statistics(
 def run(out: Path, settings: dict[str, Any], state: Path | None) -> None:
     folder = None if state is None else StateFolder(state, share=float("inf"))
     options: dict[str, Any] = {"steps": 2, "progress": False, "batch_size": 8, **settings}
-    sf.synthesize(MODEL, tiny_grid(MODEL, 8, 2), out, state=folder, **options)
+    grid = tiny_grid(MODEL, 8, 2)
+    grid.valid[:2], grid.valid[4, 1] = False, False
+    sf.synthesize(MODEL, grid, out, state=folder, **options)
 
 
 def forked(out: Path, settings: dict[str, Any], state: Path | None, when: When) -> bool:

@@ -32,7 +32,10 @@ def model() -> LatentDiffusion:
 
 def make(model: LatentDiffusion, out: Path, **changes: Any) -> sf.Synthesis:
     settings: dict[str, Any] = {"steps": 2, "progress": False, **changes}
-    return sf.synthesize(model, tiny_grid(model, 6, 2), out, **settings)
+    grid = tiny_grid(model, 6, 2)
+    if settings.get("mask"):
+        grid.valid[:2], grid.valid[4, 1] = False, False
+    return sf.synthesize(model, grid, out, **settings)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
@@ -53,9 +56,14 @@ def test_runs_that_are_killed_again_and_again_end_in_the_same_bytes(tmp_path: Pa
         assert len(digests) > 2
 
 
+@pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("decoder", ["reference", "local", "local, fixed"])
 def test_what_is_written_is_not_made_again(
-    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
+    model: LatentDiffusion,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    decoder: str,
+    mask: bool,
 ) -> None:
     decoder, _, fixed = decoder.partition(",")
     kind, name = (StagedDecoder, "decode") if fixed else (type(model.vae.decoder), "forward")
@@ -65,7 +73,7 @@ def test_what_is_written_is_not_made_again(
         monkeypatch.setattr(model, "statistics", statistics)
     monkeypatch.setattr(pipeline, "_SECONDS", 0.0)
     monkeypatch.setattr(pipeline, "_SPACING", 0.0)
-    options = {"order": "wavefront", "decoder": decoder}
+    options = {"order": "wavefront", "decoder": decoder, "mask": mask}
     whole, out, state = tmp_path / "whole.png", tmp_path / "out.png", tmp_path / "state"
     first = make(model, whole, **options)
     calls = 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 import ssldiff_fast as sf
 import ssldiff_fast.synthesis as synthesis
 from ssldiff_fast.canvas import StateFolder
+from ssldiff_fast.canvas.glass import LEVEL
 from ssldiff_fast.cli import main
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.synthesis_inputs import glass_latent
@@ -109,6 +111,46 @@ def test_windows_without_tissue_cost_nothing(
     assert masked.recipe["mask"]
     far = last[-1][:, :, -12:]
     torch.testing.assert_close(far, glass_latent(model).expand_as(far), atol=1e-4, rtol=0)
+    assert masked.recipe["glass"] == {"level": LEVEL, "reach": [6, 6]}
+    assert "glass" not in whole.recipe
+
+
+@pytest.mark.parametrize("decoder", ["reference", "local", "global"])
+def test_what_the_mask_leaves_out_is_plain_glass(
+    model: LatentDiffusion, tmp_path: Path, decoder: str
+) -> None:
+    grid = masked_grid(model)
+    options: dict[str, Any] = {"grid": grid, "decoder": decoder, "mask": True}
+    made = make(model, tmp_path / "out.png", order="wavefront", **options)
+    plain = make(model, tmp_path / "plain.png", order="plain", **options)
+    assert made.path.read_bytes() == plain.path.read_bytes()
+    pixels = np.asarray(Image.open(made.path))
+    assert np.all(pixels[:, 2 * PATCH_PX :] == LEVEL)
+    tissue = pixels[PATCH_PX : 2 * PATCH_PX, :PATCH_PX]
+    assert tissue.std() > 1
+
+
+@pytest.mark.parametrize("wrap", ["x", "y", "both"])
+def test_glass_goes_on_round_the_ends_of_a_wrapped_image(
+    model: LatentDiffusion, tmp_path: Path, wrap: str
+) -> None:
+    grid = tiny_grid(model, rows=3, columns=3)
+    grid.valid[:] = False
+    grid.valid[0, 0] = True
+    made = make(model, tmp_path / "out.png", grid=grid, wrap=wrap, mask=True)
+    plain = np.all(np.asarray(Image.open(made.path)) == LEVEL, axis=2)
+    near = 6 * PATCH_PX // 8  # up to which there may be something else
+    expected = np.ones_like(plain)
+    shifts = [(-1, 0, 1) if wrap in (axis, "both") else (0,) for axis in "yx"]
+    for y, x in itertools.product(*shifts):
+        begin = [shift * 3 * PATCH_PX - near for shift in (y, x)]
+        rows, columns = (slice(max(0, b), max(0, b + PATCH_PX + 2 * near)) for b in begin)
+        expected[rows, columns] = False
+    assert np.all(plain[expected])
+    # Beside the tissue's cell, on the other side of the ends, there is more than glass.
+    ends = {"x": plain[:PATCH_PX, -8:], "y": plain[-8:, :PATCH_PX]}
+    for axis, end in ends.items():
+        assert end.mean() < 0.5 if wrap in (axis, "both") else end.all()
 
 
 def test_a_mask_changes_nothing_where_all_is_tissue(model: LatentDiffusion, tmp_path: Path) -> None:

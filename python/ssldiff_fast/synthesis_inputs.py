@@ -9,12 +9,11 @@ import os
 import torch
 from torch import Tensor
 
+from ssldiff_fast.canvas.glass import LEVEL
 from ssldiff_fast.encoders.spec import EncoderSpec
 from ssldiff_fast.models.conditioner import PatchRegionConditioner
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.slides.grid import Grid
-
-_WHITE = 243  # grey level of an empty slide, what scanners show between tissue
 
 
 def opened_grid(grid: Grid | str | os.PathLike[str]) -> Grid:
@@ -66,7 +65,7 @@ def glass_latent(model: LatentDiffusion) -> Tensor:  # [C, 1, 1]
     """The latent of an empty slide, which what the mask leaves out takes."""
     parameter = next(model.vae.parameters())
     side = [size * model.downsample_factor for size in model.window]
-    white = torch.full((1, 3, *side), _WHITE / 127.5 - 1.0).to(parameter)
+    white = torch.full((1, 3, *side), LEVEL / 127.5 - 1.0).to(parameter)
     latent = model.to_latent(white)[0].float()
     # Of the middle, where the convolutions' padding does not reach.
     h, w = (size // 4 for size in latent.shape[1:])
@@ -85,7 +84,7 @@ def background_filled(
     if bool(grid.valid.all()) or model.encoder_spec is None or not model.encoder_weights:
         return grid.embeddings, grid.valid
     side = model.encoder_spec.patch_px
-    white = torch.full((1, side, side, 3), _WHITE, dtype=torch.uint8)
+    white = torch.full((1, side, side, 3), LEVEL, dtype=torch.uint8)
     embeddings = grid.embeddings.clone()
     embeddings[~grid.valid] = model.encoder(white)[0]
     return embeddings, torch.ones_like(grid.valid)

@@ -17,6 +17,7 @@ from ssldiff_fast._checks import check_choice, check_count, check_number
 from ssldiff_fast.canvas.decode import DecodeSettings, RowDecoder, open_decoder
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser
 from ssldiff_fast.canvas.field import GridField
+from ssldiff_fast.canvas.glass import LEVEL, Glass
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.mask import TissueMask
 from ssldiff_fast.canvas.noise import INITIAL_STEP, canvas_noise
@@ -204,6 +205,7 @@ class Plan:
             "batch_size": self.batch_size,
             "dtype": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
             "compiled": model.execution == "compile",
+            **self._glass_recipe(),
         }
 
     def denoise(
@@ -282,7 +284,36 @@ class Plan:
     def decoder(self, scratch: Where = None) -> RowDecoder:
         """What makes pixels of the canvas, continued round its ends where it is tileable."""
         size = [side + 2 * pad for side, pad in zip(self.canvas_denoiser.size, self._pads)]
-        return open_decoder(self.model, (size[0], size[1]), self.decode_settings, scratch=scratch)
+        return open_decoder(
+            self.model,
+            (size[0], size[1]),
+            self.decode_settings,
+            glass=self._glass((size[0], size[1])),
+            scratch=scratch,
+        )
+
+    def _glass(self, size: tuple[int, int]) -> Glass | None:
+        """What the mask leaves out of a canvas of (H, W), continued round its ends."""
+        mask = self.canvas_denoiser.mask
+        if mask is None:
+            return None
+        tissue = mask.tissue
+        for axis, wraps in enumerate(self.geometry.wraps):
+            if wraps:  # by a window, which is a cell
+                index = torch.arange(-1, tissue.shape[axis] + 1) % tissue.shape[axis]
+                tissue = tissue.index_select(axis, index)
+        return Glass(TissueMask(tissue), size, self._glass_reach, self.factor)
+
+    @property
+    def _glass_reach(self) -> tuple[int, int]:
+        """Latents (y, x) from tissue at which all is glass; up to a window is evaluated."""
+        y, x = (max(1, 3 * side // 4) for side in self.model.window)
+        return y, x
+
+    def _glass_recipe(self) -> dict[str, Any]:
+        if self.canvas_denoiser.mask is None:
+            return {}
+        return {"glass": {"level": LEVEL, "reach": list(self._glass_reach)}}
 
     def first_latent(self, decoder: RowDecoder, row: int) -> int:
         """The first row of the canvas that pixels from latent row `row` down are made of."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ssldiff_fast.canvas.decode_overlapped import OverlappedDecoder
+from ssldiff_fast.canvas.glass import GlassDecoder
 from ssldiff_fast.ops import WindowPlan
 from ssldiff_fast.synthesis_plan import Plan
 
@@ -36,6 +37,8 @@ class WaitingRows:
         # history keeps the denoised ones too.
         rows = 2 * 4 * windows.width * (windows.window[0] + _band(windows))
         decoder = plan.decoder()
+        if isinstance(decoder, GlassDecoder):
+            decoder = decoder.decoder
         height = windows.window[0]
         tiles = 0
         if isinstance(decoder, OverlappedDecoder):

@@ -6,6 +6,7 @@ from ssldiff_fast.canvas.decode import DecodeSettings, decode_image, decode_rows
 from ssldiff_fast.canvas.denoiser import CanvasDenoiser, WindowDenoiser
 from ssldiff_fast.canvas.encode import encode_image, encode_rows
 from ssldiff_fast.canvas.field import GridField, PromptField
+from ssldiff_fast.canvas.glass import Glass
 from ssldiff_fast.canvas.interrupt import Interrupted
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.mask import TissueMask
@@ -24,6 +25,7 @@ __all__ = [
     "CanvasDenoiser",
     "Conditioning",
     "DecodeSettings",
+    "Glass",
     "GridField",
     "Interrupted",
     "LDMDenoiser",

@@ -16,6 +16,7 @@ from ssldiff_fast._checks import check_choice, check_count, check_shape
 from ssldiff_fast.canvas.decode_global import GlobalDecoder
 from ssldiff_fast.canvas.decode_local import LocalDecoder
 from ssldiff_fast.canvas.decode_overlapped import OverlappedDecoder
+from ssldiff_fast.canvas.glass import Glass, GlassDecoder
 from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder
 from ssldiff_fast.canvas.wide import Memory, Where, folder_of, wide_rows
 from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
@@ -87,6 +88,7 @@ def open_decoder(
     *,
     window: tuple[int, int] | None = None,
     statistics: Statistics | None = None,
+    glass: Glass | None = None,
     scratch: Where = None,
 ) -> RowDecoder:
     """The decoder of a canvas.
@@ -100,15 +102,37 @@ def open_decoder(
         window: (h, w) of a tile of the reference in latents; the model's own unless given.
         statistics: of the local decoder's norms, as `measure_statistics` returns them; the model's
             own, or else measured on the first rows of the canvas.
+        glass: what is made of the canvas away from tissue; tiles that are all glass cost nothing.
         scratch: folder for what should not be in memory: rows as wide as the canvas (bands of
             pixels are then a `PixelBand` each, which `numpy.asarray` reads and writers take), and
             maps that the global decoder cannot hold.
 
     Raises:
         TypeError: the model cannot decode, or not in this way.
-        ValueError: a canvas smaller than a tile, or too large to be decoded at once.
+        ValueError: a canvas smaller than a tile, or too large to be decoded at once, or of another
+            size than the glass.
     """
-    chosen = settings or DecodeSettings()
+    options = settings or DecodeSettings(), window, statistics
+    if glass is None:
+        return _opened(model, size, *options, None, scratch)
+    if tuple(size) != tuple(glass.size):
+        raise ValueError(
+            f"{_CALL}: glass is of a canvas of {glass.size[0]} x {glass.size[1]} latents, but this "
+            f"one has {size[0]} x {size[1]}; make it of the same size."
+        )
+    return GlassDecoder(_opened(model, size, *options, glass, scratch), glass)
+
+
+def _opened(
+    model: Any,
+    size: tuple[int, int],
+    chosen: DecodeSettings,
+    window: tuple[int, int] | None,
+    statistics: Statistics | None,
+    glass: Glass | None,
+    scratch: Where,
+) -> RowDecoder:
+    """The decoder of what is not glass."""
     tiles = TileDecoder(model, call=_CALL)
     if chosen.decoder == "reference":
         plan = _tiles(size, chosen.stride, _window(model, window))
@@ -117,6 +141,7 @@ def open_decoder(
             plan,
             weights=chosen.weights,
             batch_size=chosen.batch_size,
+            glass=glass,
             wide=wide_rows(scratch),
         )
     if chosen.decoder == "global":
@@ -133,9 +158,8 @@ def open_decoder(
             f"{type(model).__name__}; pass a LatentDiffusion or an autoencoder, or use the "
             "reference decoder."
         )
-    return _local(
-        model, tiles, size, chosen, _window(model, window), statistics, wide_rows(scratch)
-    )
+    known = statistics or getattr(model, "statistics", None) or None
+    return _local(tiles, size, chosen, _window(model, window), known, glass, wide_rows(scratch))
 
 
 def decode_rows(
@@ -170,21 +194,20 @@ def decode_image(model: Any, latent: Tensor, **options: Any) -> Pixels:
 
 
 def _local(
-    model: Any,
     tiles: TileDecoder,
     size: tuple[int, int],
     chosen: DecodeSettings,
     window: tuple[int, int],
-    statistics: Statistics | None,
+    known: Statistics | None,
+    glass: Glass | None,
     wide: Memory,
 ) -> RowDecoder:
     """The local decoder, with fixed statistics or the windows' own."""
-    known = statistics or getattr(model, "statistics", None) or None
     fixed = known is not None or not norm_names(tiles.vae)
     if not (fixed if chosen.fixed is None else chosen.fixed):
         plan = WindowPlan.regular(*size, window, (-(-window[0] // 2), -(-window[1] // 2)))
         return OverlappedDecoder(
-            tiles, plan, weights="sine", batch_size=chosen.batch_size, wide=wide
+            tiles, plan, weights="sine", batch_size=chosen.batch_size, glass=glass, wide=wide
         )
     tile = chosen.tile or 2 * max(window)
     return LocalDecoder(
@@ -195,6 +218,7 @@ def _local(
         tile=tile,
         batch_size=max(1, chosen.batch_size * window[0] * window[1] // tile**2),
         statistics=known,
+        glass=glass,
         wide=wide,
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ssldiff_fast.canvas.glass import Glass
 from ssldiff_fast.canvas.row_buffer import RowBuffer
 from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder, to_bytes
 from ssldiff_fast.canvas.tile_span import grouped, sample_origins
@@ -39,6 +40,7 @@ class LocalDecoder:
         tile: side of a tile without its surroundings, in latents.
         batch_size: tiles of one call, at most; belongs to the recipe.
         statistics: of the norms; measured on windows of the first rows of tiles without them.
+        glass: what is painted over the pixels later; tiles that it hides are not decoded.
         wide: where rows of latents and pixels wait.
     """
 
@@ -52,6 +54,7 @@ class LocalDecoder:
         tile: int,
         batch_size: int,
         statistics: Statistics | None = None,
+        glass: Glass | None = None,
         wide: Memory | None = None,
     ) -> None:
         self._wide = wide or Memory()
@@ -61,6 +64,7 @@ class LocalDecoder:
         self._channels = channels
         self.tile = tile
         self._batch_size = batch_size
+        self._glass = glass
         self.statistics = statistics
         # What a tile needs does not depend on statistics, which the first rows may have to tell.
         self._take({} if statistics is None else statistics)
@@ -129,9 +133,13 @@ class LocalDecoder:
 
     def _row(self, buffer: RowBuffer, rows: Reach, bar: tqdm) -> Pixels | PixelBand:
         """One row of tiles: [h * f, W * f, 3]."""
-        width = self._size[1]
+        width, glass = self._size[1], self._glass
         reaches = [self._reach(left, 1) for left in range(0, width, self.tile)]
         band: Pixels | PixelBand | None = None
+        if glass is not None:
+            reaches = [reach for reach in reaches if not glass.is_plain(rows.tile, reach.tile)]
+            height = (rows.tile[1] - rows.tile[0]) * glass.factor
+            band = self._wide.pixels(height, width * glass.factor)
         for part in grouped(reaches, lambda reach: reach.shape, self._batch_size):
             for columns, made in zip(part, self._decode(buffer, rows, part)):
                 factor = made.shape[1] // (columns.tile[1] - columns.tile[0])
@@ -140,6 +148,7 @@ class LocalDecoder:
                 left = columns.tile[0] * factor
                 band[:, left : left + made.shape[1]] = made
             bar.update(len(part))
+        bar.update(-(-width // self.tile) - len(reaches))
         assert band is not None
         return band
 

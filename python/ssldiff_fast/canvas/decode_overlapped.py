@@ -9,13 +9,14 @@ eight bits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ssldiff_fast.canvas.bands import RowBlend, micro_batches
+from ssldiff_fast.canvas.glass import Glass
 from ssldiff_fast.canvas.row_buffer import RowBuffer
 from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder, to_bytes
 from ssldiff_fast.canvas.wide import Memory
@@ -37,6 +38,7 @@ class OverlappedDecoder:
             half-overlapping tiles leave a faint line there, which "sine" and "hann", about zero at
             the edge, do not.
         batch_size: tiles of one call, at most; belongs to the recipe.
+        glass: what tiles that touch no tissue are of; they are not decoded.
         wide: where rows of latents, tiles and pixels wait.
     """
 
@@ -47,12 +49,14 @@ class OverlappedDecoder:
         *,
         weights: str,
         batch_size: int,
+        glass: Glass | None = None,
         wide: Memory | None = None,
     ) -> None:
         self._tiles = tiles
         self.plan = plan
         self._weights = weights
         self._batch_size = batch_size
+        self._glass = glass
         self._wide = wide or Memory()
 
     def first_latent(self, row: int) -> int:
@@ -79,10 +83,10 @@ class OverlappedDecoder:
         blend: RowBlend | None = None
         skip = 0
         with tqdm(total=len(plan), desc="decoding", unit="tile", disable=not progress) as bar:
-            for y in plan.origins_y:
+            for number, y in enumerate(plan.origins_y):
                 buffer.forget(base + y)
                 buffer.upto(base + y + plan.window[0])
-                tiles = self._row(buffer, plan, base + y)
+                tiles = self._row(buffer, first + number)
                 bar.update(len(tiles))
                 if blend is None:
                     factor = _factor(tiles, plan)
@@ -110,23 +114,39 @@ class OverlappedDecoder:
         below = (number for number, bottom in enumerate(bottoms) if bottom > row)
         return next(below, len(bottoms) - 1)
 
-    def _row(self, buffer: RowBuffer, plan: WindowPlan, top: int) -> Tensor:
+    def _row(self, buffer: RowBuffer, number: int) -> Tensor:
         """One row of tiles, decoded: [Q, 3, h * f, w * f] fp32."""
-        count, (h, w) = len(plan.origins_x), plan.window
-        made: Tensor | None = None
-        for columns in micro_batches(count, self._batch_size):
-            origins = [plan.origins_x[column] for column in columns.tolist()]
+        top, (h, w) = self.plan.origins_y[number], self.plan.window
+        wanted, made = self._wanted(buffer, number)
+        for batch in micro_batches(len(wanted), self._batch_size):
+            origins = [self.plan.origins_x[wanted[at]] for at in batch.tolist()]
             left = origins[0]
             latents = buffer.read(top, top + h, range(left, origins[-1] + w))
             crops = torch.stack([latents[:, :, x - left : x - left + w] for x in origins])
             tiles = self._tiles(crops, [(top, x) for x in origins])
             if made is None:
-                made = self._wide.empty(count, *tiles.shape[1:], like=tiles)
-            first = int(columns[0])
-            made[first : first + len(tiles)] = tiles[: count - first]
+                made = self._wide.empty(len(wanted), *tiles.shape[1:], like=tiles)
+            first = int(batch[0])
+            for column, tile in zip(wanted[first : first + len(batch)], tiles):
+                made[column] = tile
             self._wide.release(made)
         assert made is not None
         return made
+
+    def _wanted(self, buffer: RowBuffer, number: int) -> tuple[Sequence[int], Tensor | None]:
+        """Columns of the tiles that are decoded, and the row of tiles where others are plain."""
+        count, glass = len(self.plan.origins_x), self._glass
+        if glass is None:
+            return range(count), None
+        columns = glass.mask.columns(self.plan, number).tolist()
+        if len(columns) == count:
+            return columns, None
+        h, w = (side * glass.factor for side in self.plan.window)
+        made = self._wide.empty(count, 3, h, w, like=buffer.held[0])
+        for tile in made:
+            tile.fill_(glass.value)
+        self._wide.release(made)
+        return columns, made
 
 
 def _below(plan: WindowPlan, first: int) -> WindowPlan:

@@ -16,7 +16,8 @@ class TissueMask:
     """Tissue on the canvas, in cells of any size: a window is evaluated where it touches some.
 
     What no evaluated window covers becomes the background latent; where evaluated windows end,
-    their weights hand over to it, which makes the edge soft.
+    their weights hand over to it, which makes the edge soft. Tiles are left out likewise when the
+    canvas is decoded (`Glass`).
 
     Args:
         tissue: [R, K] bool, spread evenly over the canvas: the grid's valid cells, or finer.
@@ -45,6 +46,16 @@ class TissueMask:
         # Twice round, for windows that run over the end.
         before = torch.nn.functional.pad(there.repeat(2).cumsum(0), (1, 0))
         return (before[last] > before[first]).nonzero().flatten()
+
+    def cells(
+        self, rows: tuple[int, int], columns: tuple[int, int], size: tuple[int, int]
+    ) -> Tensor:  # [r, k] bool
+        """The cells that latents [begin, end) of each axis touch, of a canvas of (H, W)."""
+        spans = []
+        for (begin, end), side, cells in zip((rows, columns), size, self.tissue.shape):
+            first, last = _cells([begin], end - begin, side, cells)
+            spans.append(slice(int(first), int(last)))
+        return self.tissue[spans[0], spans[1]]
 
 
 def _cells(origins: Sequence[int], window: int, size: int, cells: int) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,13 @@ that do not yet fill a row of tiles wait in a file.
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from .crew import Crew
 from .levels import Level, TileRow, check_tile, level_sizes
 from .pixel_band import PixelBand
 from .raster import Rows
@@ -20,10 +22,11 @@ from .reduction import Reduction
 from .scratch import Scratch
 from .tile_sink import TileSink
 
-# Neighbouring tiles of one task, at most: handing on a task costs a tenth of a JPEG's tile.
-_TASK_TILES = 4
+# Neighbouring tiles of one task, at most: what is done once for all of them is a turn that Python's
+# threads take once.
+_TASK_TILES = 8
 # Tasks begun and not yet written, for each thread: enough that none waits for its turn.
-_TASKS_PER_THREAD = 2
+_TASKS_PER_THREAD = 4
 
 
 class Cascade:
@@ -52,7 +55,7 @@ class Cascade:
             carry=self._carry,
             bands=sink.raster.bands,
         )
-        self._pool = ThreadPoolExecutor(threads, "ssldiff-tiles")
+        self._crew = Crew(threads)
         self._queue: deque[tuple[int, int, range, Future[list[bytes]]]] = deque()
 
     @property
@@ -71,9 +74,10 @@ class Cascade:
             level.filled = count
             self._flush(0, rows[:count])
             return count
-        for column in range(level.size.columns):  # a tile is two units wide
-            columns = slice(column * self._tile, (column + 1) * self._tile)
-            self._keep(0, level.slot, 2 * column, level.filled, np.asarray(rows[:count, columns]))
+        side = _TASK_TILES * self._tile
+        for left in range(0, level.size.width, side):
+            piece = np.asarray(rows[:count, left : left + side])
+            self.scratch.write(0, level.slot, left // self.scratch.unit, level.filled, piece)
         self._advance(0, count)
         return count
 
@@ -84,16 +88,9 @@ class Cascade:
 
     def close(self) -> None:
         """Gives up the tiles that were begun, and keeps the scratch file."""
-        self._pool.shutdown(cancel_futures=True)
+        self._crew.close()
         self._queue.clear()
         self.scratch.close()
-
-    def _keep(self, index: int, slot: int, unit: int, row: int, pixels: Rows) -> None:
-        """Keeps pixels from a unit on, from row `row` of a row of tiles on."""
-        side = self.scratch.unit
-        for left in range(0, pixels.shape[1], side):
-            piece = pixels[:, left : left + side]
-            self.scratch.write(index, slot, unit + left // side, row, piece)
 
     def _advance(self, index: int, count: int) -> None:
         """Counts rows that the scratch file holds, and writes rows of tiles that are full."""
@@ -116,9 +113,9 @@ class Cascade:
             while len(self._queue) >= self._threads * _TASKS_PER_THREAD:
                 self._write_oldest()
             tiles = range(left, min(left + share, columns))
-            future = self._pool.submit(self._work, row, tiles)
+            future = self._crew.submit(partial(self._work, row, tiles))
             self._queue.append((index, level.done // self._tile, tiles, future))
-        row.read.wait()
+        self._crew.wait(row.read)
         level.slot, level.done, level.filled = level.next_slot, end, 0
         if made:
             self._advance(index + 1, len(made))
@@ -134,30 +131,27 @@ class Cascade:
 
     def _write_oldest(self) -> None:
         level, row, columns, future = self._queue.popleft()
-        data = future.result()
+        data = self._crew.result(future)
         if self._sink.ordered:
-            self._put(level, row, columns, data)
-
-    def _put(self, level: int, row: int, columns: range, tiles: list[bytes]) -> None:
-        for column, data in zip(columns, tiles, strict=True):
-            self._sink.put(level, row, column, data)
+            self._sink.put(level, row, columns.start, data)
 
     def _work(self, row: TileRow, columns: range) -> list[bytes]:
         """Encodes neighbouring tiles, once they have reached the next level. In any thread."""
+        data = [self._sink.encode(row.level, tile) for tile in self._taken(row, columns)]
+        if self._sink.ordered:
+            return data
+        self._sink.put(row.level, row.begin // self._tile, columns.start, data)
+        return []
+
+    def _taken(self, row: TileRow, columns: range) -> list[Rows]:
+        """Neighbouring tiles; the caller's array may then be used again."""
         try:
             pixels = self._pixels(row, columns)
             if row.level + 1 < len(self.levels):
                 self._shrink(row, columns, pixels)
-            if isinstance(row.given, np.ndarray):
-                pixels = pixels.copy()  # the caller's array may be used again from here on
+            return self._tiles_of(pixels, len(columns))
         finally:
             row.arrived(len(columns))
-        tiles = (self._tile_of(pixels, number) for number in range(len(columns)))
-        data = [self._sink.encode(row.level, tile) for tile in tiles]
-        if self._sink.ordered:
-            return data
-        self._put(row.level, row.begin // self._tile, columns, data)
-        return []
 
     def _pixels(self, row: TileRow, columns: range) -> Rows:
         left = columns.start * self._tile
@@ -166,19 +160,24 @@ class Cascade:
             return np.asarray(row.given[:, left:right])
         return self._scratched(row, left, right, row.begin, row.end)
 
-    def _tile_of(self, pixels: Rows, number: int) -> Rows:
-        """A tile, contiguous; where the format wants whole ones, its last pixels are repeated."""
+    def _tiles_of(self, pixels: Rows, count: int) -> list[Rows]:
+        """Copies of neighbouring tiles; where the format wants whole ones, the last pixels of
+        those at the border are repeated."""
         side = self._tile
-        tile = pixels[:, number * side : (number + 1) * side]
-        height, width = tile.shape[:2]
-        if not self._sink.pads or height == width == side:
-            return np.ascontiguousarray(tile)
-        whole = np.empty((side, side, tile.shape[2]), np.uint8)
-        whole[:height, :width] = tile
-        # JPEG rings at any border but a repeated one.
-        whole[height:, :width] = tile[-1:]
-        whole[:, width:] = whole[:, width - 1 : width]
-        return whole
+        height, width, bands = pixels.shape
+        if self._sink.pads and (height, width) != (side, count * side):
+            whole = np.empty((side, count * side, bands), np.uint8)
+            whole[:height, :width] = pixels
+            # JPEG rings at any border but a repeated one.
+            whole[height:, :width] = pixels[-1:]
+            whole[:, width:] = whole[:, width - 1 : width]
+            pixels = whole
+        full = pixels.shape[1] // side
+        split = pixels[:, : full * side].reshape(len(pixels), full, side, bands)
+        tiles = list(split.swapaxes(0, 1).copy())
+        if full < count:
+            tiles.append(pixels[:, full * side :].copy())
+        return tiles
 
     def _scratched(self, row: TileRow, left: int, right: int, top: int, bottom: int) -> Rows:
         """Pixels of the row of tiles and what is kept of the one above."""
@@ -195,7 +194,9 @@ class Cascade:
         if self._carry:
             if row.end < level.size.height:  # the next row of tiles needs the last rows of this
                 last = pixels[-self._carry :]
-                self._keep(row.level, level.next_slot, 2 * columns.start, -self._carry, last)
+                self.scratch.write(
+                    row.level, level.next_slot, 2 * columns.start, -self._carry, last
+                )
             pixels = self._surrounded(row, columns)
         if not row.made:
             return
@@ -208,7 +209,7 @@ class Cascade:
             slot = following.slot if above == following.done else following.next_slot
             piece = halved[begin - row.made.start : end - row.made.start]
             # Half of a tile is a unit.
-            self._keep(row.level + 1, slot, columns.start, begin - above, piece)
+            self.scratch.write(row.level + 1, slot, columns.start, begin - above, piece)
             begin = end
 
     def _surrounded(self, row: TileRow, columns: range) -> Rows:

@@ -8,6 +8,7 @@ by an interruption is replaced.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import shutil
 from abc import abstractmethod
@@ -60,15 +61,16 @@ class FolderSink(TileSink):
             part.mkdir()
             self.prepare()
 
-    def put(self, level: int, row: int, column: int, data: bytes) -> None:
-        path = self.tile_path(level, row, column)
-        if path.parent not in self._made:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._made.add(path.parent)
-        with open(path, "wb", buffering=0) as file:
-            view = memoryview(data)
-            while view:
-                view = view[file.write(view) :]
+    def put(self, level: int, row: int, column: int, tiles: Sequence[bytes]) -> None:
+        for place, data in zip(itertools.count(column), tiles):
+            path = self.tile_path(level, row, place)
+            if path.parent not in self._made:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._made.add(path.parent)
+            with open(path, "wb", buffering=0) as file:
+                view = memoryview(data)
+                while view:
+                    view = view[file.write(view) :]
 
     def sync(self) -> dict[str, NDArray[Any]]:
         sync_disk(self._part)

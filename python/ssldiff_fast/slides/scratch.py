@@ -8,7 +8,7 @@ write all of them. Here they are written once, and saving the state is one fsync
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,12 @@ SLOTS = 3
 
 
 class Scratch:
-    """Blocks of pixels by (level, slot, unit); a unit is half a tile wide, as tiles become halves.
+    """Pixels by (level, slot, unit, row); a unit is half a tile wide, as tiles become halves.
+
+    The rows of a slot lie in segments: those that are carried, and two halves of a row of tiles.
+    In a segment one unit comes behind the other, so that neighbours are written and read at once,
+    as long as their rows are all of the segment's; that is so where whole rows of tiles come and
+    the reduction reaches no further. Each call of the system costs Python's threads a turn.
 
     Args:
         path: the file, made if it is not there.
@@ -34,11 +39,12 @@ class Scratch:
     def __init__(
         self, path: Path, units: Sequence[int], *, tile: int, carry: int, bands: int
     ) -> None:
-        self.path, self.unit, self._carry, self._bands = path, tile // 2, carry, bands
+        self.path, self.unit, self._bands = path, tile // 2, bands
         self._line = self.unit * bands
-        self._block = (carry + tile) * self._line
+        self._segments = [range(-carry, 0), range(self.unit), range(self.unit, tile)]
+        self._carry, self._rows = carry, carry + tile
         self._units = list(units)
-        self._starts = np.cumsum([0, *units]) * (SLOTS * self._block)
+        self._starts = np.cumsum([0, *units]) * (SLOTS * self._rows * self._line)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(self._file, path)
@@ -51,32 +57,47 @@ class Scratch:
         """Bytes of the file, at most."""
         return int(self._starts[-1])
 
-    def _offset(self, level: int, slot: int, unit: int, row: int) -> int:
-        block = slot * self._units[level] + unit
-        start = int(self._starts[level]) + block * self._block
-        return start + (self._carry + row) * self._line
+    def _pieces(
+        self, level: int, slot: int, units: range, rows: range
+    ) -> Iterator[tuple[range, range, int]]:
+        """What lies behind each other in the file: units, rows, and where that is."""
+        start = int(self._starts[level]) + slot * self._units[level] * self._rows * self._line
+        for segment in self._segments:
+            inside = range(max(rows.start, segment.start), min(rows.stop, segment.stop))
+            if not inside:
+                continue
+            above = (self._carry + segment.start) * self._units[level]
+            for some in [units] if inside == segment else [range(u, u + 1) for u in units]:
+                line = above + some.start * len(segment) + inside.start - segment.start
+                yield some, inside, start + line * self._line
 
     def write(self, level: int, slot: int, unit: int, row: int, pixels: Rows) -> None:
-        """Keeps rows of a unit; `row` counts from the top of the row of tiles and may be < 0."""
-        if pixels.shape[1] < self.unit:  # at the right border
-            whole = np.zeros((len(pixels), self.unit, self._bands), np.uint8)
-            whole[:, : pixels.shape[1]] = pixels
+        """Keeps rows of neighbouring units; `row` counts from the top of the row of tiles and may
+        be < 0."""
+        height, width = pixels.shape[:2]
+        units = range(unit, unit + -(-width // self.unit))
+        if width % self.unit:  # at the right border
+            whole = np.zeros((height, len(units) * self.unit, self._bands), np.uint8)
+            whole[:, :width] = pixels
             pixels = whole
-        data = np.ascontiguousarray(pixels).data.cast("B")
-        offset = self._offset(level, slot, unit, row)
-        while data:
-            written = os.pwrite(self._file, data, offset)
-            data, offset = data[written:], offset + written
+        blocks = pixels.reshape(height, len(units), self._line).swapaxes(0, 1)
+        for some, rows, offset in self._pieces(level, slot, units, range(row, row + height)):
+            block = blocks[some.start - unit : some.stop - unit, rows.start - row : rows.stop - row]
+            data = np.ascontiguousarray(block).data.cast("B")
+            while data:
+                written = os.pwrite(self._file, data, offset)
+                data, offset = data[written:], offset + written
 
     def read(self, level: int, slot: int, units: range, rows: range) -> Rows:
         """Rows of neighbouring units, uint8 [rows, units * unit, bands]."""
-        pixels = np.empty((len(rows), len(units), self.unit, self._bands), np.uint8)
-        block = np.empty((len(rows), self.unit, self._bands), np.uint8)
-        for index, unit in enumerate(units):
-            offset = self._offset(level, slot, unit, rows.start)
+        pixels = np.empty((len(rows), len(units), self._line), np.uint8)
+        blocks = pixels.swapaxes(0, 1)
+        for some, inside, offset in self._pieces(level, slot, units, rows):
+            block = np.empty((len(some), len(inside), self._line), np.uint8)
             if os.preadv(self._file, [block.data], offset) != block.nbytes:
                 raise OSError(f"{self.path} has lost rows: remove it and begin anew")
-            pixels[:, index] = block
+            below = slice(inside.start - rows.start, inside.stop - rows.start)
+            blocks[some.start - units.start : some.stop - units.start, below] = block
         result: Rows = pixels.reshape(len(rows), -1, self._bands)
         return result
 

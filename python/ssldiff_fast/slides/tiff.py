@@ -15,6 +15,7 @@ uninterrupted one byte for byte.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,14 +99,15 @@ class TiffSink(TileSink):
     def encode(self, level: int, pixels: Rows) -> bytes:
         return self.codec.encode(pixels, self.quality)
 
-    def put(self, level: int, row: int, column: int, data: bytes) -> None:
+    def put(self, level: int, row: int, column: int, tiles: Sequence[bytes]) -> None:
+        framed = [self.framed(data) for data in tiles]
+        self._opened.write(b"".join(framed))
         index = int(self._starts[level]) + row * self._sizes[level].columns + column
-        framed = self.framed(data)
-        self._opened.write(framed)
-        # What stands before a tile is half of what is around it.
-        self._offsets[index] = self._end + (len(framed) - len(data)) // 2
-        self._counts[index] = len(data)
-        self._end += len(framed)
+        for place, data, whole in zip(itertools.count(index), tiles, framed):
+            # What stands before a tile is half of what is around it.
+            self._offsets[place] = self._end + (len(whole) - len(data)) // 2
+            self._counts[place] = len(data)
+            self._end += len(whole)
         if self._end - self._sent >= _SENT_BYTES:
             self._send()
 

@@ -60,8 +60,9 @@ class TileSink(ABC):
         """A tile, uint8 [h, w, bands], contiguous."""
 
     @abstractmethod
-    def put(self, level: int, row: int, column: int, data: bytes) -> None:
-        """Takes an encoded tile; of an `ordered` format always in the same order."""
+    def put(self, level: int, row: int, column: int, tiles: Sequence[bytes]) -> None:
+        """Takes neighbouring encoded tiles, from a column on; of an `ordered` format always in the
+        same order."""
 
     @abstractmethod
     def sync(self) -> dict[str, NDArray[Any]]:

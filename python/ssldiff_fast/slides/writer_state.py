@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from .output import atomic_bytes, make_folder, part_path
 
 FILE = "writer.npz"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from .window_lattice import on_device
 
-BLOCK = 512  # values of one window that one program copies
+BLOCK = 1024  # values of one window that one program copies
 
 
+# Sizes of windows are constants, since a network has one or two: divisions by whole numbers of 64
+# bits that are known later took five times as long as the memory (H200).
 @triton.jit
 def gather_windows_kernel(
     canvas_ptr,  # [C, rows, W]
@@ -21,34 +23,35 @@ def gather_windows_kernel(
     origins_ptr,  # [N, 2]: first row in the canvas given, first column
     period,  # rows, and columns, after which a window goes on at the first
     width,
-    channels,
-    window_height,
-    window_width,
-    blocks,
     stride_c,
     stride_y,
     stride_x,
+    CHANNELS: tl.constexpr,
+    HEIGHT: tl.constexpr,  # of a window
+    WIDTH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Neighbours of the result are written side by side, whatever its layout."""
-    program = tl.program_id(0).to(tl.int64)
-    n = program // blocks
-    size = tl.cast(window_height, tl.int64) * window_width * channels
-    i = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    SIZE: tl.constexpr = CHANNELS * HEIGHT * WIDTH
+    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    i = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     if CHANNELS_LAST:
-        c = i % channels
-        v = i // channels % window_width
-        u = i // channels // window_width
+        c = i % CHANNELS
+        v = i // CHANNELS % WIDTH
+        u = i // CHANNELS // WIDTH
     else:
-        v = i % window_width
-        u = i // window_width % window_height
-        c = i // window_width // window_height
-    row = (tl.load(origins_ptr + 2 * n) + u) % period
-    column = (tl.load(origins_ptr + 2 * n + 1) + v) % width
-    at = c * stride_c + row * stride_y + column * stride_x
-    value = tl.load(canvas_ptr + at, mask=i < size, other=0.0)
-    tl.store(windows_ptr + n * size + i, value.to(windows_ptr.dtype.element_ty), mask=i < size)
+        v = i % WIDTH
+        u = i // WIDTH % HEIGHT
+        c = i // WIDTH // HEIGHT
+    row = tl.load(origins_ptr + 2 * n) + u
+    row = tl.where(row < period, row, row - period)
+    column = tl.load(origins_ptr + 2 * n + 1) + v
+    column = tl.where(column < width, column, column - width)
+    at = c.to(tl.int64) * stride_c + row * stride_y + column * stride_x
+    value = tl.load(canvas_ptr + at, mask=i < SIZE, other=0.0)
+    tl.store(windows_ptr + n * SIZE + i, value.to(windows_ptr.dtype.element_ty), mask=i < SIZE)
 
 
 def gather_windows(
@@ -81,11 +84,10 @@ def gather_windows(
         on_device(origins, canvas.device),
         height,
         width,
-        channels,
-        h,
-        w,
-        blocks,
         *canvas.stride(),
+        CHANNELS=channels,
+        HEIGHT=h,
+        WIDTH=w,
         CHANNELS_LAST=channels_last,
         BLOCK=BLOCK,
     )

@@ -128,9 +128,8 @@ def compile_ahead() -> dict[str, str]:
         "BLOCK": scatter_mean_kernels.BLOCK,
     }
     gather = {
-        **dict.fromkeys(("period", "width", "channels", "window_height", "window_width"), "i32"),
+        **dict.fromkeys(("period", "width"), "i32"),
         **dict.fromkeys(("stride_c", "stride_y", "stride_x"), "i64"),
-        "blocks": "i32",
         "origins_ptr": "*i64",
     }
     nearest = {"indices_ptr": "*i64", "count": "i32", "code_count": "i32"}
@@ -157,7 +156,8 @@ def compile_ahead() -> dict[str, str]:
         kernel = scatter_mean_kernels.scatter_mean_kernel
         cases.append((f"scatter_mean {dtype}", kernel, {**scatter, **types}, flags_of_scatter))
         types = {"canvas_ptr": f"*{total}", "windows_ptr": f"*{dtype}"}
-        flags = {"CHANNELS_LAST": True, "BLOCK": gather_windows_kernels.BLOCK}
+        flags = {"CHANNELS": 3, "HEIGHT": 64, "WIDTH": 64, "CHANNELS_LAST": True}
+        flags["BLOCK"] = gather_windows_kernels.BLOCK
         kernel = gather_windows_kernels.gather_windows_kernel
         cases.append((f"gather_windows {dtype}", kernel, {**gather, **types}, flags))
     for dtype in ("fp32", "fp64"):

@@ -29,6 +29,8 @@ using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
 constexpr int kMinBlocks = 4;  // on a multiprocessor: 64 registers a thread
+// Of a pixel, that one thread gathers: windows and weights are looked up once for all of them.
+constexpr int kChannels = 4;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of grid.x
 
 enum class Guidance { kNone, kOfAll, kOfWindow, kOfPixel };
@@ -52,6 +54,7 @@ struct ScatterMean {
   Acc* out;               // [C, rows, W]
   int64_t stride_n, stride_c, stride_y, stride_x;
   int64_t channels, height, width, window_height, window_width, first_row;
+  unsigned blocks_x;  // of a row
   int64_t count_y, count_x;
   const int64_t* origins_y;  // [count_y], less first_row
   const int64_t* origins_x;  // [count_x]
@@ -86,30 +89,33 @@ __device__ __forceinline__ Acc apply_step(const AffineStep<Acc>& step, int64_t p
   return next;
 }
 
-// One thread gathers one pixel of one channel: neighbours along x read neighbouring elements.
+// One thread gathers some channels of one pixel: neighbours along x read neighbouring elements. The
+// grid counts the blocks of a row, the rows, and the groups of channels.
 template <typename T, typename Acc, Guidance kGuidance>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     scatter_mean_kernel(const ScatterMean<T, Acc> a) {
-  const int64_t pixel = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (pixel >= a.channels * a.height * a.width) {
+  const auto height = static_cast<unsigned>(a.height);
+  const int64_t x = static_cast<int64_t>(blockIdx.x % a.blocks_x) * kThreads + threadIdx.x;
+  const int64_t y = blockIdx.x / a.blocks_x % height;
+  const int64_t first = static_cast<int64_t>(blockIdx.x / a.blocks_x / height) * kChannels;
+  if (x >= a.width) {
     return;
   }
-  const int64_t x = pixel % a.width;
-  const int64_t y = pixel / a.width % a.height;
-  const int64_t c = pixel / (a.width * a.height);
+  const auto channels =
+      static_cast<int>(a.channels - first < kChannels ? a.channels - first : kChannels);
   const Range ps = windows_covering(a.origins_y, a.count_y, a.window_height, y, y);
   const Range qs = windows_covering(a.origins_x, a.count_x, a.window_width, x, x);
   Acc scale = a.guidance_scale;
   if (kGuidance == Guidance::kOfPixel) {
     scale = a.scale[y * a.width + x];
   }
-  Acc sum = 0;
+  Acc sum[kChannels] = {};
   Acc norm = 0;
   Acc left_out = 0;
   for (int64_t p = ps.begin; p < ps.end; ++p) {
     const int64_t u = y - a.origins_y[p];
     const Acc weight_u = a.weight_y[u];
-    const int64_t row = c * a.stride_c + u * a.stride_y;
+    const int64_t row = first * a.stride_c + u * a.stride_y;
     for (int64_t q = qs.begin; q < qs.end; ++q) {
       const int64_t v = x - a.origins_x[q];
       const int64_t slot = a.slots[p * a.count_x + q];
@@ -119,22 +125,40 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
         continue;
       }
       const int64_t at = slot * a.stride_n + row + v * a.stride_x;
-      Acc value = widen(a.windows[at]);
-      if (kGuidance != Guidance::kNone) {
-        const Acc base = widen(a.uncond[at]);
-        value = base + (kGuidance == Guidance::kOfWindow ? a.scale[slot] : scale) * (value - base);
+      if (kGuidance == Guidance::kOfWindow) {
+        scale = a.scale[slot];
       }
-      sum += weight * value;
+#pragma unroll
+      for (int k = 0; k < kChannels; ++k) {
+        if (k < channels) {
+          Acc value = widen(a.windows[at + k * a.stride_c]);
+          if (kGuidance != Guidance::kNone) {
+            const Acc base = widen(a.uncond[at + k * a.stride_c]);
+            value = base + scale * (value - base);
+          }
+          sum[k] += weight * value;
+        }
+      }
       norm += weight;
     }
   }
-  if (a.background != nullptr && left_out > 0) {
-    sum += left_out * a.background[pixel];
-    norm += left_out;
+#pragma unroll
+  for (int k = 0; k < kChannels; ++k) {
+    if (k >= channels) {
+      return;
+    }
+    const int64_t c = first + k;
+    const int64_t pixel = (c * a.height + y) * a.width + x;
+    Acc total = sum[k];
+    Acc whole = norm;
+    if (a.background != nullptr && left_out > 0) {
+      total += left_out * a.background[pixel];
+      whole += left_out;
+    }
+    const Acc mean = a.normalise ? total / whole : total;
+    a.out[pixel] =
+        a.step.canvas == nullptr ? mean : apply_step(a.step, pixel, c, a.first_row + y, x, mean);
   }
-  const Acc mean = a.normalise ? sum / norm : sum;
-  a.out[pixel] =
-      a.step.canvas == nullptr ? mean : apply_step(a.step, pixel, c, a.first_row + y, x, mean);
 }
 
 // The arguments of the schemas that both operators share.
@@ -169,11 +193,10 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
 
 template <typename T, typename Acc>
 void launch_kernel(const ScatterMean<T, Acc>& a, const Arguments& from, cudaStream_t stream) {
-  const int64_t count = a.channels * a.height * a.width;
-  const int64_t blocks = (count + kThreads - 1) / kThreads;
-  STD_TORCH_CHECK(blocks <= kMaxBlocks, "scatter_mean: a canvas of ", count,
-                  " elements is too large for one launch; the limit is ", kMaxBlocks * kThreads,
-                  ".");
+  const int64_t groups = (a.channels + kChannels - 1) / kChannels;
+  const int64_t blocks = a.blocks_x * a.height * groups;
+  STD_TORCH_CHECK(blocks <= kMaxBlocks, "scatter_mean: a canvas of ", a.channels, " x ", a.height,
+                  " x ", a.width, " is too large for one launch; pass fewer rows at a time.");
   const auto grid = static_cast<unsigned>(blocks);
   if (a.uncond == nullptr) {
     scatter_mean_kernel<T, Acc, Guidance::kNone><<<grid, kThreads, 0, stream>>>(a);
@@ -229,31 +252,33 @@ void launch(const Arguments& a, const WindowGeometry& geometry, const Tensor& ou
   const Tensor device = kept_upload(windows, packed, stream);
   const auto* lattice = static_cast<const int64_t*>(device.const_data_ptr());
   const auto* weight = reinterpret_cast<const Acc*>(lattice + whole);
-  const ScatterMean<T, Acc> arguments{static_cast<const T*>(windows.const_data_ptr()),
-                                      data_or_null<T>(a.uncond),
-                                      data_or_null<Acc>(a.scale),
-                                      data_or_null<Acc>(a.background),
-                                      static_cast<Acc*>(out.mutable_data_ptr()),
-                                      windows.stride(0),
-                                      windows.stride(1),
-                                      windows.stride(2),
-                                      windows.stride(3),
-                                      out.size(0),
-                                      out.size(1),
-                                      out.size(2),
-                                      windows.size(2),
-                                      windows.size(3),
-                                      geometry.rows.begin,
-                                      rows.count(),
-                                      columns.count(),
-                                      lattice,
-                                      lattice + rows.count(),
-                                      lattice + rows.count() + columns.count(),
-                                      weight,
-                                      weight + windows.size(2),
-                                      static_cast<Acc>(a.guidance_scale),
-                                      a.normalise,
-                                      affine_step<Acc>(step)};
+  const ScatterMean<T, Acc> arguments{
+      static_cast<const T*>(windows.const_data_ptr()),
+      data_or_null<T>(a.uncond),
+      data_or_null<Acc>(a.scale),
+      data_or_null<Acc>(a.background),
+      static_cast<Acc*>(out.mutable_data_ptr()),
+      windows.stride(0),
+      windows.stride(1),
+      windows.stride(2),
+      windows.stride(3),
+      out.size(0),
+      out.size(1),
+      out.size(2),
+      windows.size(2),
+      windows.size(3),
+      geometry.rows.begin,
+      static_cast<unsigned>((out.size(2) + kThreads - 1) / kThreads),
+      rows.count(),
+      columns.count(),
+      lattice,
+      lattice + rows.count(),
+      lattice + rows.count() + columns.count(),
+      weight,
+      weight + windows.size(2),
+      static_cast<Acc>(a.guidance_scale),
+      a.normalise,
+      affine_step<Acc>(step)};
   launch_kernel(arguments, a, stream);
 }
 

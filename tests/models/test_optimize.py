@@ -17,7 +17,7 @@ from compvis_network import UNetModel
 from golden_inputs import UNET_A, UNET_B, fill, golden_input, golden_output, relative_error
 from ssldiff_fast.models import UNet
 from ssldiff_fast.models.feed_forward import GEGLU
-from ssldiff_fast.models.optimize import OneTokenProcessor, Product
+from ssldiff_fast.models.optimize import Norm, OneTokenProcessor, Product
 from ssldiff_fast.models.winograd import LEAST_CHANNELS, Conv3x3
 
 
@@ -54,11 +54,12 @@ def test_a_diffusers_unet_gives_the_same_output(
     assert relative_error(out, expected) < 5e-6  # measured 2.3e-6, by Winograd
     assert list(unet.state_dict()) == names
     kinds = {type(module) for module in unet.modules()}
-    assert {Product, Conv3x3, GEGLU} <= kinds
+    assert {Product, Conv3x3, GEGLU, Norm} <= kinds
     said = caplog.messages[-1]
     assert "UNet2DConditionModel" in said
     assert "products by oneDNN" in said
     assert "convolutions by Winograd" in said
+    assert "norms by group_norm_silu" in said
     assert "gates in one pass" in said
     assert "one token" in said
 

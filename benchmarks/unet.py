@@ -168,7 +168,7 @@ def tricks(pairs: Pairs, rounds: int) -> dict[str, Any]:
     without = of_device.without_each(pairs)
     times = alternate({"": pairs.ours, **without}, 3 * rounds, pairs.device)
     own = times[""]["quantile_20_ms"]
-    predicted = {} if pairs.device == "cuda" else unet_on_cpu.predicted(pairs)
+    predicted = unet_on_gpu.PREDICTED if pairs.device == "cuda" else unet_on_cpu.predicted(pairs)
     return {
         name: {
             "measured": round(times[name]["quantile_20_ms"] / own, 3),

@@ -32,13 +32,10 @@ KINDS = {
     "softmax and attention": ("softmax", "fmha", "sdpa", "flash"),
 }
 
-# How many times longer without each, at the published size, as written down before it was measured:
-# launches that an idle GPU waits for; all that was measured of unfused operators before; arithmetic
-# saved at the rate of the convolutions; times of the parts measured alone, on an H100 or an H200.
+# How many times longer without each at the published size, where that was foretold: by the times of
+# parts that were measured alone, on an H100 or an H200, or by the arithmetic saved.
 PREDICTED = {
-    "the graph": 1.3,
     "fused maps": 1.59,
-    "the shared prefix": 1.03,
     "the transposed convolution": 1.05,
     "wide heads by products": 1.1,
     "softmax in place": 1.006,

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claim: glass that a mask leaves out is even, of the colour beside tissue, and costs no decoding.
 
+Beside tissue its steps are no larger than the real slide's.
+
 Rows of the demo's slide become a grid with its mask, and one canvas is denoised from it (preset
 `fast`). Every decoder makes pixels of that canvas twice in turns: of all tiles, as without a mask,
-and with the glass plain. The real slide's own figures stand beside them.
+and with plain glass and the tiles' whites balanced. The real slide's own figures stand beside them.
 
     python benchmarks/glass.py [--first 5] [--rows 6]
 """
@@ -32,6 +34,7 @@ from ssldiff_fast.synthesis_plan import Geometry, Plan, settle
 
 ROUNDS = 3
 SIDE = 128  # pixels of a cell of the result
+STAINED = 200  # grey level under which a pixel's darkest channel is
 
 
 def part(grid: Grid, rows: slice) -> Grid:
@@ -67,12 +70,13 @@ def compared(plan: Plan, settings: DecodeSettings, canvas: Tensor, rounds: int) 
             seconds[kind].append(watch(partial(once, kind)) / 1e3)
     times = {kind: median(values) for kind, values in seconds.items()}
     inside = tissue.repeat(SIDE, 0).repeat(SIDE, 1)
-    changed = (images["all tiles"] != images["plain glass"]).any(2)
+    before, after = (image.astype(int) for image in images.values())
+    stained = inside & (before.min(2) < STAINED)
     return {
         "times faster": times["all tiles"] / times["plain glass"],
         "seconds": times,
         **{kind: vars(measure_glass(image, tissue)) for kind, image in images.items()},
-        "pixels changed within tissue": int(changed[inside].sum()),
+        "tissue's change in grey levels": float(np.abs(after - before)[stained].mean()),
     }
 
 
@@ -93,7 +97,7 @@ def main() -> None:
         "with tissue": float(tissue.mean()),
         "real slide": vars(measure_glass(real(slide, rows), tissue)),
     }
-    aims = []
+    aims, bound = [], figures["real slide"]["step"]
     ways = {
         "fast": (plan.decode_settings, ROUNDS),
         "local": (DecodeSettings("local", batch_size=4), ROUNDS),
@@ -105,8 +109,8 @@ def main() -> None:
         plain = found["plain glass"]
         aims += [
             aim(f"{name}: largest step in glass that is left out", plain["beyond"], 0, "at most"),
-            aim(f"{name}: its colour, to that beside tissue", plain["colour"], 3, "at most"),
-            aim(f"{name}: step that 1 % exceed", plain["step"], 2, "at most"),
+            aim(f"{name}: its colour, to that beside tissue", plain["colour"], 1, "at most"),
+            aim(f"{name}: step that 1 % exceed", plain["step"], bound, "at most"),
         ]
     save("glass", figures, aims)
 

@@ -77,7 +77,7 @@ def test_glass_that_a_mask_leaves_out_is_even_and_like_the_glass_beside_tissue(
         model, grid, tmp_path / "out.png", preset=preset, steps=8, mask=True, progress=False
     )
     figures = measure_glass(np.asarray(Image.open(made.path)), grid.valid.numpy())
-    # Decoded tiles of the background's latent had steps of 3 grey levels and more, in glass that
-    # was 6 from what is painted.
+    # Decoded tiles of the background's latent had steps of 3 grey levels, in glass that was 5 from
+    # what is painted.
     assert figures.beyond == 0
-    assert figures.colour < 4
+    assert figures.colour < 1.5

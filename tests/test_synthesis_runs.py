@@ -111,7 +111,7 @@ def test_windows_without_tissue_cost_nothing(
     assert masked.recipe["mask"]
     far = last[-1][:, :, -12:]
     torch.testing.assert_close(far, glass_latent(model).expand_as(far), atol=1e-4, rtol=0)
-    assert masked.recipe["glass"] == {"level": LEVEL, "reach": [6, 6]}
+    assert masked.recipe["glass"] == {"level": LEVEL, "reach": [6, 6], "balanced": True}
     assert "glass" not in whole.recipe
 
 

@@ -129,7 +129,8 @@ def synthesize(
         wrap: "x", "y" or "both" makes an image that is tileable along it.
         mask: leave out windows without tissue (cells of the grid that are not valid): they become
             plain glass, and cost nothing, nor does decoding them; within three quarters of a window
-            what is painted beside tissue hands over to it. Without it the model paints all.
+            what is painted beside tissue hands over to it, its white balanced tile by tile. Without
+            it the model paints all.
         order: "plain", one step after another; "wavefront", which finishes the first rows first,
             in memory that does not grow with the image, while they are decoded and written; the
             bytes are the same. "auto" takes it for large canvases.

@@ -313,7 +313,7 @@ class Plan:
     def _glass_recipe(self) -> dict[str, Any]:
         if self.canvas_denoiser.mask is None:
             return {}
-        return {"glass": {"level": LEVEL, "reach": list(self._glass_reach)}}
+        return {"glass": {"level": LEVEL, "reach": list(self._glass_reach), "balanced": True}}
 
     def first_latent(self, decoder: RowDecoder, row: int) -> int:
         """The first row of the canvas that pixels from latent row `row` down are made of."""

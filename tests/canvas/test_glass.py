@@ -182,6 +182,35 @@ def test_regions_without_tissue_in_reach_are_not_decoded(monkeypatch: pytest.Mon
     assert counts[0] < counts[1] / 2
 
 
+def test_tiles_get_one_white_by_the_glass_that_they_hold() -> None:
+    colours = [(238.0, 231.0, 236.0), (246.0, 247.0, 244.0), (0.0, 0.0, 0.0)]
+    stain = torch.tensor([180.0, 90.0, 150.0])
+    tiles = stain.view(1, 3, 1, 1).repeat(3, 1, 8, 8)
+    for tile, white in zip(tiles[:2], colours):
+        tile[:, :4] = torch.tensor(white).view(3, 1, 1)
+    tiles = tiles / 127.5 - 1
+    balanced = glass(tissue((0, 0))).balanced(tiles)
+    for made, white in zip((balanced + 1) * 127.5, colours[:2]):
+        expected = torch.full((3, 4, 8), 243.5)
+        torch.testing.assert_close(made[:, :4], expected, atol=0.1, rtol=0)
+        scaled = (stain * 243.5 / torch.tensor(white)).view(3, 1, 1).expand(3, 4, 8)
+        torch.testing.assert_close(made[:, 4:], scaled, atol=0.1, rtol=0)
+    assert torch.equal(balanced[2], tiles[2])
+
+
+def test_a_little_glass_in_a_tile_changes_it_a_little() -> None:
+    tile = torch.full((1, 3, 20, 20), 0.2)
+    changes = []
+    for count in range(0, 60, 4):
+        tile.flatten(2)[..., :count] = 230 / 127.5 - 1
+        made = glass(tissue((0, 0))).balanced(tile)
+        changes.append(float((made - tile).abs().max()))
+    assert changes[0] == 0
+    assert changes == sorted(changes)
+    assert max(np.diff(changes)) < 2 / 127.5
+    assert changes[10:] == pytest.approx([13.5 / 127.5] * 5, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

@@ -38,7 +38,8 @@ class OverlappedDecoder:
             half-overlapping tiles leave a faint line there, which "sine" and "hann", about zero at
             the edge, do not.
         batch_size: tiles of one call, at most; belongs to the recipe.
-        glass: what tiles that touch no tissue are of; they are not decoded.
+        glass: what tiles that touch no tissue are of; they are not decoded, and others are
+            balanced to its white.
         wide: where rows of latents, tiles and pixels wait.
     """
 
@@ -124,6 +125,8 @@ class OverlappedDecoder:
             latents = buffer.read(top, top + h, range(left, origins[-1] + w))
             crops = torch.stack([latents[:, :, x - left : x - left + w] for x in origins])
             tiles = self._tiles(crops, [(top, x) for x in origins])
+            if self._glass is not None:
+                tiles = self._glass.balanced(tiles)
             if made is None:
                 made = self._wide.empty(len(wanted), *tiles.shape[1:], like=tiles)
             first = int(batch[0])

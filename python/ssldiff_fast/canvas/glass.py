@@ -3,7 +3,8 @@
 
 A tile of one latent has hardly any variance of its own, and normed by it an autoencoder gives
 another white than beside tissue, and lines where tiles end. So what is far from tissue is plain,
-and beside tissue the decoded pixels hand over to it.
+and beside tissue the decoded pixels hand over to it. Tiles normed by themselves differ in their
+whites by how much tissue they hold, too: each is balanced to the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 
 _CALL = "Glass"
 LEVEL = 243  # grey level of an empty slide, what scanners show between tissue
+# Grey levels: of glass is a pixel whose channels are this at least, and differ by less than that.
+DARKEST, CHROMA = 215, 16
+_CERTAIN = 0.1  # share of glass in a tile above which its white is taken as it is
+_PARTS = 4096  # of a grey value, in sums that must not depend on their order
 _COLUMNS = 4 * BLOCK  # of pixels, painted at once
 
 Shares: TypeAlias = "NDArray[np.float32]"
@@ -71,6 +77,24 @@ class Glass:
     def value(self) -> float:
         """The level in [-1, 1]: the middle of what is cut off to it."""
         return (self.level + 0.5) / 127.5 - 1.0
+
+    def balanced(
+        self,
+        tiles: Tensor,  # [B, 3, h, w] in [-1, 1]
+    ) -> Tensor:
+        """Tiles whose channels are scaled so that the mean of their glass is the level.
+
+        With less than a tenth of a tile the scaling fades; without glass it stays as it is.
+        """
+        values = (tiles + 1) / 2
+        low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+        glass = (low >= DARKEST / 255) & (high - low < CHROMA / 255)
+        count = glass.sum((2, 3), keepdim=True)
+        parts = (values * _PARTS).round().to(torch.int64) * glass
+        white = parts.sum((2, 3), keepdim=True) / (_PARTS * count.clamp(min=1))
+        certain = (count / (_CERTAIN * glass[0].numel())).clamp(max=1)
+        gain = (self.level + 0.5) / 255 / white.clamp(min=DARKEST / 255)
+        return tiles + 2 * values * certain * (gain - 1)
 
     def is_plain(self, rows: tuple[int, int], columns: tuple[int, int]) -> bool:
         """Whether latents [begin, end) of each axis all lie beyond the reach of tissue."""

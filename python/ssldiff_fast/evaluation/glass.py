@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ssldiff_fast.canvas.glass import CHROMA, DARKEST
 from ssldiff_fast.slides.slide import RGB
 
-# Glass is bright and without a hue; so much of a square is, at least, to be compared.
-_DARKEST, _CHROMA, _SHARE = 215, 16, 0.7
 _SQUARE = 16  # pixels
+_SHARE = 0.7  # of a square that is glass, at least, to be compared
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def measure_glass(
     """
     height, width = _checked(image, tissue)
     squares = image[:height, :width].reshape(height // _SQUARE, _SQUARE, -1, _SQUARE, 3)
-    bright = squares.min(-1) >= _DARKEST
-    glass = bright & (squares.max(-1) - squares.min(-1) < _CHROMA)
+    bright = squares.min(-1) >= DARKEST
+    glass = bright & (squares.max(-1) - squares.min(-1) < CHROMA)
     share = glass.mean((1, 3))
     total = (squares * glass[..., None]).sum((1, 3), dtype=np.float64)
     mean = total / np.maximum(1, glass.sum((1, 3)))[..., None]

@@ -15,10 +15,10 @@ from ssldiff_fast.training.data import (
     PatchBatches,
     PatchPool,
     Places,
-    PoolImage,
     stain_gains,
     stain_levels,
 )
+from ssldiff_fast.training.images import PoolImage
 from ssldiff_fast.training.recipe import DataRecipe
 from tiny_training import write_image
 

@@ -17,11 +17,13 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from ssldiff_fast.training.callbacks import MovingAverage
 from ssldiff_fast.training.encoder import load_encoder, train_encoder
-from ssldiff_fast.training.fit import MovingAverage, Task, averaged_weights, run
-from ssldiff_fast.training.folder import read_checkpoint, recorded_recipe
+from ssldiff_fast.training.fit import run
+from ssldiff_fast.training.folder import averaged_weights, read_checkpoint, recorded_recipe
 from ssldiff_fast.training.ldm import train_ldm
 from ssldiff_fast.training.recipe import FitRecipe
+from ssldiff_fast.training.task import Task
 from ssldiff_fast.training.vae import load_vae, train_vae
 from tiny_training import FIT, Workshop
 

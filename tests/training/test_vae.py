@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ssldiff_fast.training.fit import MovingAverage
+from ssldiff_fast.training.callbacks import MovingAverage
 from ssldiff_fast.training.recipe import VAERecipe, read_recipe
 from ssldiff_fast.training.vae import VAETask, load_vae, train_vae
 from tiny_training import Workshop

@@ -21,9 +21,10 @@ from ssldiff_fast.encoders.encoder import Encoder, build_network
 from ssldiff_fast.encoders.spec import EncoderSpec
 from ssldiff_fast.models.autoencoder import Autoencoder
 from ssldiff_fast.training.data import PatchBatches, PatchPool
-from ssldiff_fast.training.fit import Task, run
+from ssldiff_fast.training.fit import run
 from ssldiff_fast.training.folder import averaged_weights, part_of, prepare_folder
 from ssldiff_fast.training.recipe import EncoderRecipe, read_run
+from ssldiff_fast.training.task import Task
 from ssldiff_fast.training.vae import load_vae
 
 

@@ -21,7 +21,7 @@ from ssldiff_fast.models.unet import UNet
 from ssldiff_fast.slides.output import atomic_bytes
 from ssldiff_fast.training.data import PatchPool
 from ssldiff_fast.training.encoder import load_encoder
-from ssldiff_fast.training.fit import Task, run
+from ssldiff_fast.training.fit import run
 from ssldiff_fast.training.folder import (
     averaged_weights,
     load_part,
@@ -36,6 +36,7 @@ from ssldiff_fast.training.start import (
     ldm_recipe_like,
     load_start,
 )
+from ssldiff_fast.training.task import Task
 from ssldiff_fast.training.vae import load_vae, load_vae_statistics
 
 _SCALE = "scale_factor.txt"

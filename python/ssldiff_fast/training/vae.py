@@ -24,9 +24,10 @@ from torch import Tensor
 
 from ssldiff_fast.models.autoencoder import VQModel
 from ssldiff_fast.ops import GroupNormStatistics
+from ssldiff_fast.training.callbacks import MovingAverage
 from ssldiff_fast.training.codes import codes_from_latents
 from ssldiff_fast.training.data import PatchBatches, PatchPool
-from ssldiff_fast.training.fit import MovingAverage, Task, run
+from ssldiff_fast.training.fit import run
 from ssldiff_fast.training.folder import (
     averaged_weights,
     load_part,
@@ -41,6 +42,7 @@ from ssldiff_fast.training.start import (
     load_start_vae,
     vae_recipe_like,
 )
+from ssldiff_fast.training.task import Task
 
 _LATENTS_PER_CODE = 32  # latents gathered per code before the codebook is made
 _LATENTS_PER_STEP = 4096

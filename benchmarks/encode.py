@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claim: a slide is encoded in memory that does not grow with it, but for the grid itself.
 
-    python benchmarks/encode.py [--sides 16384 32768 40960]
+    python benchmarks/encode.py [--sides 16384 32768 40960] [--runs 2]
 
 Square TIFFs of repeated tissue are written by our writer and encoded by a stub (the mean colour of
-a cell), each in a process of its own, whose peak resident memory is read at its end, and that of
-the processes that read ahead for it. A cell has 128 pixels a side: 16,384, 65,536 and 102,400 of
-them.
+a cell), several times, each in a process of its own, whose peak resident memory is read at its end,
+and that of the processes that read ahead for it. A cell has 128 pixels a side: 16,384, 65,536 and
+102,400 of them. What counts is the largest peak of all beside the smallest of the first side.
 """
 
 from __future__ import annotations
@@ -105,10 +105,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sides", type=int, nargs="+", default=[16384, 32768, 40960])
+    parser.add_argument("--runs", type=int, default=2, help="of each side")
     parser.add_argument("--folder", type=Path, help="a disk with room for the largest")
     parser.add_argument("--one", type=Path, help="encode this slide in this process, and no more")
     chosen = parser.parse_args()
-    figures = {}
+    figures: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
         if chosen.one:
             print(json.dumps(one(chosen.one, Path(folder) / "grid.h5")))
@@ -117,20 +118,21 @@ def main() -> None:
             slide = Path(folder) / "slide.tif"
             write(slide, side)
             command = [sys.executable, __file__, "--one", str(slide), "--folder", folder]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            figures[str(side)] = {
-                **json.loads(done.stdout.splitlines()[-1]),
-                "slide_megabytes": round(slide.stat().st_size / 1e6, 1),
-            }
-            print(side, figures[str(side)], flush=True)
+            for _ in range(chosen.runs):
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                made = json.loads(done.stdout.splitlines()[-1])
+                made["slide_megabytes"] = round(slide.stat().st_size / 1e6, 1)
+                figures.setdefault(str(side), []).append(made)
+                print(side, made, flush=True)
             slide.unlink()
             Path(f"{slide}.json").unlink()
-    peaks = [max(f["peak_megabytes"], f["peak_megabytes_ahead"]) for f in figures.values()]
-    growth = max(peaks[:2]) / peaks[0] - 1
+    peaks = [
+        [max(run["peak_megabytes"], run["peak_megabytes_ahead"]) for run in runs]
+        for runs in figures.values()
+    ]
+    growth = max(max(side) for side in peaks) / min(peaks[0]) - 1
     sides = list(figures)
-    claim = (
-        f"growth of peak memory from {sides[0]} to {sides[min(1, len(sides) - 1)]} pixels square"
-    )
+    claim = f"growth of peak memory from {sides[0]} to {sides[-1]} pixels square"
     torch_only = {"slides": figures, "threads": torch.get_num_threads()}
     save("encode", torch_only, [aim(claim, growth, GROWTH, "at most")])
 

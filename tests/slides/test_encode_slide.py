@@ -56,6 +56,22 @@ def test_the_mask_leaves_background_cells_zero_and_unread(slide: Path) -> None:
     assert sum(encoder.batches) == int(grid.valid.sum()) < 80
 
 
+def test_batches_of_any_blocks_lie_in_one_place() -> None:
+    blocks, first = [], 0
+    for count in (5, 1, 17, 2, 8):
+        numbers = torch.arange(first, first + count)
+        blocks.append((numbers[:, None].to(torch.uint8), numbers[:, None].repeat(1, 2)))
+        first += count
+    places, seen = set(), []
+    for cells, position in module._batches(blocks, 8):
+        places.add(cells.data_ptr())
+        assert (cells == position[:, :1]).all()
+        seen.append(position[:, 0].tolist())
+    assert [len(batch) for batch in seen] == [8, 8, 8, 8, 1]
+    assert [number for batch in seen for number in batch] == list(range(33))
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_blocks_and_workers_do_not_change_the_grid(
     slide: Path, workers: int, monkeypatch: pytest.MonkeyPatch

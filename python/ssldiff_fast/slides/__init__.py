@@ -19,7 +19,7 @@ _EXPORTS = {
     "open_slide": ".reader",
     "open_writer": ".writers",
     "slide_mask": ".mask",
-    "tissue_mask": ".mask",
+    "tissue_mask": ".tissue",
     "write_preview": ".preview",
 }
 

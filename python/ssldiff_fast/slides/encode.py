@@ -56,8 +56,8 @@ def encode(
 
     Args:
         slide: a file, an open slide, or RGB pixels, uint8 [H, W, 3].
-        encoder: called with uint8 [N, H, W, 3], returns [N, T, D]; has a `spec` with `tokens`,
-            `width`, `patch_px`, `mpp`, `name`.
+        encoder: called with uint8 [N, H, W, 3], which are overwritten after the call, returns
+            [N, T, D]; has a `spec` with `tokens`, `width`, `patch_px`, `mpp`, `name`.
         mpp: micrometres per pixel at which to encode; by default the encoder's own.
         source_mpp: micrometres per level-0 pixel of the slide, for images that do not say it (the
             command line calls this one --mpp).
@@ -97,6 +97,7 @@ def encode(
     try:
         layout = _layout(source, spec_dict(encoder.spec), mpp, region)
         layout.valid[:] = _valid_cells(source, layout, mask)
+        source.close()  # with the tiles that its reader keeps; it opens again when it is read
         if out is not None:
             check_output(out, overwrite=overwrite, needs=layout.needed_bytes)
         embeddings = _encode_cells(source, layout, encoder, batch_size, workers, progress)
@@ -283,7 +284,7 @@ def _encode_cells(
     loader = _loader(_Blocks(slide, layout), workers)
     total = int(layout.valid.sum())
     with tqdm(total=total, desc="encode", unit="cell", disable=not progress) as bar:
-        for cells, position in _batches(loader, batch_size):
+        for cells, position in _batches(loader, min(batch_size, total)):
             with torch.inference_mode():
                 tokens = encoder(cells).detach().to("cpu", torch.float32)
             expected = (len(cells), *embeddings.shape[2:])
@@ -303,22 +304,25 @@ def _encode_cells(
 
 
 def _batches(loader: DataLoader[Any], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of any size as batches of one size, the last one smaller."""
-    cells: list[Tensor] = []
-    positions: list[Tensor] = []
-    waiting = 0
-    for pixels, position in loader:
-        cells.append(pixels)
-        positions.append(position)
-        waiting += len(pixels)
-        if waiting < batch_size:
-            continue
-        all_cells, all_positions = torch.cat(cells), torch.cat(positions)
-        whole = waiting - waiting % batch_size
-        for start in range(0, whole, batch_size):
-            stop = start + batch_size
-            yield all_cells[start:stop], all_positions[start:stop]
-        cells, positions = [all_cells[whole:]], [all_positions[whole:]]
-        waiting -= whole
-    if waiting:
-        yield torch.cat(cells), torch.cat(positions)
+    """Blocks of any size as batches of one size, the last one smaller, all in the same memory.
+
+    Pieces of megabytes that come and go between small objects would leave holes that the allocator
+    cannot give back: a hundred megabytes after some hundred blocks.
+    """
+    cells = positions = torch.empty(0)
+    filled = 0
+    for block, places in loader:
+        if not len(cells):
+            cells = block.new_empty((batch_size, *block.shape[1:]))
+            positions = places.new_empty((batch_size, *places.shape[1:]))
+        taken = 0
+        while taken < len(block):
+            count = min(batch_size - filled, len(block) - taken)
+            cells[filled : filled + count] = block[taken : taken + count]
+            positions[filled : filled + count] = places[taken : taken + count]
+            filled, taken = filled + count, taken + count
+            if filled == batch_size:
+                yield cells, positions
+                filled = 0
+    if filled:
+        yield cells[:filled], positions[:filled]

@@ -12,82 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from .slide import RGB, Slide, fit
+from .slide import Slide, fit
+from .tissue import MASK_MPP, Mask, tissue_of_rows
 
-Mask = NDArray[np.bool_]  # [h, w] over the whole slide
-
-# The thumbnail's resolution: nuclei and scanner noise are below it, cells of 64 um above.
-MASK_MPP = 8.0
 MASK_PX = 4096
-# Chroma (largest minus smallest channel, 0..255) that separates tissue from glass. Otsu's value is
-# clipped to this range: on a slide that is all tissue or all glass it splits what is one class.
-CHROMA_RANGE = (10.0, 18.0)
-# Grey and this dark is no stain but pen, dust, the edge of the coverslip or missing pixels.
-BLACK = 50.0
-# Smaller specks go, smaller holes are filled.
-SPECK_UM2 = 2_500.0
-HOLE_UM2 = 2_500.0
-# Rows of a thumbnail that are smoothed at once, and those beyond them that the Gaussian sees.
-_BAND_ROWS, _REACH = 256, 4
 # A mask file may be this much off the slide's aspect ratio.
 ASPECT_TOLERANCE = 0.03
-
-
-def tissue_mask(
-    thumbnail: RGB,  # [h, w, 3] uint8
-    mpp: float = MASK_MPP,
-) -> Mask:
-    """Where a thumbnail shows stained tissue.
-
-    Tissue is what is more colourful than glass: Otsu's threshold on the chroma, within a range
-    that keeps it sane for slides that are wholly tissue or wholly blank, without black pen and
-    dust, then without specks and small holes.
-
-    Args:
-        thumbnail: RGB pixels.
-        mpp: their size in micrometres, which scales specks and holes.
-
-    Returns:
-        bool [h, w].
-    """
-    from skimage.filters import threshold_otsu
-
-    chroma, black = _smoothed(thumbnail)
-    low, high = float(chroma.min()), float(chroma.max())
-    # Of what is nearly constant the histogram has no bins.
-    threshold = np.clip(threshold_otsu(chroma) if high - low > 0.1 else low, *CHROMA_RANGE)
-    mask = (chroma > threshold) & ~(black & (chroma < CHROMA_RANGE[1]))
-    del chroma, black  # large, and what follows makes arrays as large
-    mask = _without_small(mask, SPECK_UM2 / mpp**2)
-    return ~_without_small(~mask, HOLE_UM2 / mpp**2)
-
-
-def _smoothed(thumbnail: RGB) -> tuple[NDArray[np.float32], Mask]:
-    """Chroma without scanner noise, and where it is dark: [h, w] each, made band by band."""
-    from skimage.filters import gaussian
-
-    height = len(thumbnail)
-    chroma = np.empty(thumbnail.shape[:2], np.float32)
-    black = np.empty(thumbnail.shape[:2], bool)
-    for top in range(0, height, _BAND_ROWS):
-        begin, end = max(0, top - _REACH), min(height, top + _BAND_ROWS + _REACH)
-        smooth = gaussian(
-            thumbnail[begin:end].astype(np.float32), sigma=1, truncate=_REACH, channel_axis=-1
-        )[top - begin :][:_BAND_ROWS]
-        rows = slice(top, top + len(smooth))
-        chroma[rows] = smooth.max(-1) - smooth.min(-1)
-        black[rows] = smooth.max(-1) < BLACK
-    return chroma, black
-
-
-def _without_small(mask: Mask, area: float) -> Mask:
-    from skimage.measure import label
-
-    labels = label(mask, connectivity=1)
-    keep = np.bincount(labels.ravel()) >= area
-    keep[0] = False
-    result: Mask = keep[labels]
-    return result
 
 
 def slide_mask(slide: Slide, source: str | os.PathLike[str] | None = None) -> Mask:
@@ -108,8 +38,9 @@ def slide_mask(slide: Slide, source: str | os.PathLike[str] | None = None) -> Ma
     longest_um = max(width, height) * slide.mpp
     size = fit(width, height, max(1, min(MASK_PX, round(longest_um / MASK_MPP))))
     if source is None:
-        thumbnail = slide.read_region_at(0, 0, width, height, out_size=size)
-        return tissue_mask(thumbnail, width * slide.mpp / size[0])
+        return tissue_of_rows(
+            lambda rows: slide.thumbnail_rows(size, rows), size[::-1], width * slide.mpp / size[0]
+        )
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"there is no mask file {path}: check the name")
@@ -208,14 +139,15 @@ def cell_fractions(
     Returns:
         float64 [R, K] in 0..1.
     """
-    rows = _bounds(origin[1], cell, shape[0], slide_px[1], mask.shape[0])
-    cols = _bounds(origin[0], cell, shape[1], slide_px[0], mask.shape[1])
-    total = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
-    total[1:, 1:] = mask.cumsum(0, dtype=np.float64).cumsum(1)
-    (top, bottom), (left, right) = rows, cols
-    inside = total[bottom][:, right] - total[top][:, right]
-    inside -= total[bottom][:, left] - total[top][:, left]
-    return inside / ((bottom - top)[:, None] * (right - left)[None, :])
+    tops, bottoms = _bounds(origin[1], cell, shape[0], slide_px[1], mask.shape[0])
+    lefts, rights = _bounds(origin[0], cell, shape[1], slide_px[0], mask.shape[1])
+    fractions = np.empty(shape)
+    total = np.zeros(mask.shape[1] + 1)
+    for row, (top, bottom) in enumerate(zip(tops, bottoms)):
+        total[1:] = mask[top:bottom].sum(0).cumsum()
+        inside = total[rights] - total[lefts]
+        fractions[row] = inside / ((bottom - top) * (rights - lefts))
+    return fractions
 
 
 def _bounds(

@@ -135,6 +135,18 @@ class Slide(ABC):
             0, 0, *self.size_px, out_size=fit(self.size_px[0], self.size_px[1], max_px)
         )
 
+    def thumbnail_rows(self, size: tuple[int, int], rows: range) -> RGB:
+        """Some rows of the whole slide resampled to `size`, (width, height), to rounding.
+
+        Returns:
+            uint8 [rows, width, 3].
+        """
+        result = np.empty((len(rows), size[0], 3), np.uint8)
+        span = self.size_px[1] / size[1]
+        region = (0.0, rows.start * span, float(self.size_px[0]), len(rows) * span)
+        self._fill(result, region)
+        return result
+
     def _level_for(self, downsample: float) -> int:
         best = 0
         for level, (width, _) in enumerate(self.levels_px):

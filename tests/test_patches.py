@@ -21,6 +21,7 @@ from ssldiff_fast.canvas import CanvasDenoiser, GridField, WindowPlan, get_prese
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.cli import main
 from ssldiff_fast.models.ldm import LatentDiffusion
+from ssldiff_fast.patch_sampler import PatchSampler, patch_seed
 from ssldiff_fast.slides import patch_files
 from ssldiff_fast.slides.grid import Grid
 from tiny_models import PATCH_PX, tiny_grid, tiny_model
@@ -84,7 +85,7 @@ def test_a_patch_is_a_canvas_of_one_window(model: LatentDiffusion, tmp_path: Pat
         GridField(grid.embeddings[1:2, 2:3], (8, 8)),
         guidance_scale=2.0,
     )
-    noise = sf.canvas.canvas_noise(patches._patch_seed(place), 3, 8, 8)
+    noise = sf.canvas.canvas_noise(patch_seed(place), 3, 8, 8)
     latent = sample(canvas, noise, schedule=model.schedule, solver="dpmpp_2m", steps=2)
     with torch.no_grad():
         image = model.from_latent(latent[None])[0]
@@ -141,14 +142,14 @@ def test_every_patch_keeps_its_place_in_its_batch(
 ) -> None:
     """Products of few rows round by the row's place, so bytes are equal where places are."""
     places: dict[str, set[int]] = {}
-    latents = patches._PatchSampler._latents
+    latents = PatchSampler._latents
 
     def noted(self: Any, batch: list[patch_files.Patch]) -> torch.Tensor:
         for place, patch in enumerate(batch):
             places.setdefault(patch.name, set()).add(place)
         return latents(self, batch)
 
-    monkeypatch.setattr(patches._PatchSampler, "_latents", noted)
+    monkeypatch.setattr(PatchSampler, "_latents", noted)
     make(model, tmp_path, seeds=2)
     before = hashes(tmp_path)
     names = [patch.name for patch in patches._patches(grid_of(model), range(2))]
@@ -166,7 +167,7 @@ def test_an_interruption_keeps_what_is_finished(
 ) -> None:
     make(model, tmp_path / "whole")
     calls = []
-    pixels = patches._PatchSampler._pixels
+    pixels = PatchSampler._pixels
 
     def interrupted(self: Any, *others: Any) -> Any:
         calls.append(1)
@@ -174,7 +175,7 @@ def test_an_interruption_keeps_what_is_finished(
             raise KeyboardInterrupt
         return pixels(self, *others)
 
-    monkeypatch.setattr(patches._PatchSampler, "_pixels", interrupted)
+    monkeypatch.setattr(PatchSampler, "_pixels", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(model, tmp_path / "stopped")
     assert len(hashes(tmp_path / "stopped")) == 3

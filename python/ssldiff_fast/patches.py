@@ -3,31 +3,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from ssldiff_fast._checks import check_count
-from ssldiff_fast.canvas.bands import micro_batches
-from ssldiff_fast.canvas.decode import DecodeSettings
-from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
-from ssldiff_fast.canvas.noise import canvas_noise, check_seed
+from ssldiff_fast.canvas.noise import check_seed
 from ssldiff_fast.canvas.presets import Preset
-from ssldiff_fast.canvas.trial import fitting_tiles, fitting_windows
-from ssldiff_fast.diffusion.guidance import guide
-from ssldiff_fast.diffusion.solvers import apply_step, denoised, get_solver
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.models.threads import measured_threads
+from ssldiff_fast.patch_sampler import PatchSampler
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.output import atomic_bytes, check_output, make_folder
 from ssldiff_fast.slides.patch_files import (
@@ -37,9 +30,8 @@ from ssldiff_fast.slides.patch_files import (
     is_patch_file,
     patch_name,
 )
-from ssldiff_fast.slides.slide import RGB
-from ssldiff_fast.synthesis_inputs import grid_hash, loaded_model, opened_grid, wanted_grid
-from ssldiff_fast.synthesis_plan import CPU_TILES, digest, settle
+from ssldiff_fast.synthesis_inputs import loaded_model, opened_grid, wanted_grid
+from ssldiff_fast.synthesis_plan import digest, settle
 
 RECIPE_FILE = "recipe.json"
 
@@ -142,7 +134,7 @@ def synthesize_patches(
     cells = opened_grid(grid)
     loaded = loaded_model(model, device, dtype, execution)
     cells.check_for(wanted_grid(loaded, cells))
-    sampler = _PatchSampler(loaded, cells, chosen, batch_size)
+    sampler = PatchSampler(loaded, cells, chosen, batch_size)
     if format == "jpeg" and quality is None:
         quality = JPEG_QUALITY
     recipe = {**sampler.recipe(), "format": format, "quality": quality}
@@ -258,142 +250,3 @@ def _write_recipe(folder: Path, recipe: Mapping[str, Any], metadata: Mapping[str
     about = {**metadata, "recipe": recipe, "made_by": f"ssldiff_fast {__version__}"}
     text = json.dumps(about, indent=1, sort_keys=True) + "\n"
     atomic_bytes(folder / RECIPE_FILE, text.encode())
-
-
-class _PatchSampler:
-    """Embeddings in, pixels out."""
-
-    def __init__(self, model: LatentDiffusion, grid: Grid, preset: Preset, batch_size: int) -> None:
-        self.model, self.grid, self.preset = model, grid, preset
-        self._denoiser = LDMDenoiser(model)
-        self.batch_size = fitting_windows(
-            self._denoiser, batch_size, most=batch_size, guided=preset.guidance_scale != 1.0
-        )
-        self._steps = get_solver(preset.solver)(
-            model.schedule,
-            model.schedule.timesteps(preset.steps, preset.spacing),
-            prediction=model.prediction,
-            eta=preset.eta,
-        )
-        places = torch.nonzero(grid.valid).tolist()
-        self._ranks = {(row, column): rank for rank, (row, column) in enumerate(places)}
-        self._device = next(model.unet.parameters()).device
-        on_cpu = self._device.type == "cpu"
-        settings = DecodeSettings(batch_size=min(batch_size, CPU_TILES) if on_cpu else batch_size)
-        self._decoded = fitting_tiles(model, model.window, settings).batch_size
-
-    @property
-    def size_px(self) -> tuple[int, int]:
-        """(width, height) of a patch."""
-        h, w = self.model.window
-        return w * self.model.downsample_factor, h * self.model.downsample_factor
-
-    @property
-    def mpp(self) -> float:
-        """Micrometres per pixel: a cell of the grid becomes one window."""
-        return self.grid.mpp * self.grid.cell_px / self.size_px[0]
-
-    def recipe(self) -> dict[str, Any]:
-        """Everything besides the seeds that decides the bytes."""
-        model, preset = self.model, self.preset
-        settings = ("solver", "steps", "spacing", "eta", "guidance_scale")
-        return {
-            "kind": "patches",
-            "model": {
-                "name": model.name,
-                "weights": model.weights_hash,
-                "config": digest(model.to_config()),
-            },
-            "grid": {
-                "hash": grid_hash(self.grid),
-                "encoder": self.grid.encoder.get("name"),
-                "source": self.grid.source.get("name"),
-                "source_hash": self.grid.source.get("hash"),
-            },
-            **{name: getattr(preset, name) for name in settings},
-            "batch_size": self.batch_size,
-            "decode_batch_size": self._decoded,
-            "dtype": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
-            "compiled": model.execution == "compile",
-        }
-
-    def images(self, patches: Sequence[Patch]) -> Iterator[RGB]:
-        """The pixels of each patch in turn, uint8 [height, width, 3].
-
-        A patch has its own place in its own batch, whichever others are wanted: a matrix product
-        may round a row by where it lies. The places of those not wanted are filled with one that
-        is.
-        """
-        size = self.batch_size
-        for _, group in itertools.groupby(patches, lambda patch: self._number(patch) // size):
-            wanted = {self._number(patch) % size: patch for patch in group}
-            filler = next(iter(wanted.values()))
-            batch = [wanted.get(place, filler) for place in range(size)]
-            pixels = self._pixels(self._latents(batch), batch).numpy()
-            yield from (pixels[place] for place in wanted)
-
-    def _number(self, patch: Patch) -> int:
-        """Counts the valid cells row by row, seed after seed from seed 0."""
-        return patch.seed * len(self._ranks) + self._ranks[patch.row, patch.column]
-
-    @torch.no_grad()
-    def _latents(self, patches: Sequence[Patch]) -> Tensor:
-        """Denoised windows [B, C, h, w]."""
-        cells = torch.stack([self.grid.embeddings[patch.row, patch.column] for patch in patches])
-        guided = self.preset.guidance_scale != 1.0
-        # The null embedding is the zero vector (what the published models were trained with).
-        state = self._denoiser.prepare(cells, torch.zeros_like(cells[:1]) if guided else None)
-        index = torch.arange(len(patches))
-        seeds = [_patch_seed(patch) for patch in patches]
-        x, history = self._noise(seeds, 0), None
-        for number, step in enumerate(self._steps):
-            output = self._denoiser(x, step.time, state, index).float()
-            scale = self.preset.guidance_scale
-            mean = guide(output[0], output[1], scale) if guided else output[0]
-            noise = self._noise(seeds, number + 1) if step.noise else None
-            now = denoised(step, x, mean)
-            x = apply_step(step, x, mean, noise=noise, history=history)
-            history = now
-        self._check_finite(x, patches, "latent", self.model.unet)
-        return x
-
-    def _noise(self, seeds: Sequence[int], step: int) -> Tensor:
-        h, w = self.model.window
-        channels, device = self.model.latent_channels, self._device
-        return torch.stack(
-            [canvas_noise(seed, channels, h, w, step=step, device=device) for seed in seeds]
-        )
-
-    @torch.no_grad()
-    def _pixels(self, latents: Tensor, patches: Sequence[Patch]) -> Tensor:
-        """[B, height, width, 3] uint8 on the CPU."""
-        parameter = next(self.model.vae.parameters())
-        tiles = latents.to(parameter.device, parameter.dtype)
-        decoded = [
-            self.model.from_latent(tiles[index]).float()
-            for index in micro_batches(len(tiles), self._decoded)
-        ]
-        images = torch.cat(decoded)[: len(tiles)]
-        self._check_finite(images, patches, "image", self.model.vae)
-        # Cut off, not rounded, as the published decode does.
-        scaled = ((images + 1.0) / 2.0).clamp(0.0, 1.0) * 255.0
-        return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
-
-    @staticmethod
-    def _check_finite(
-        values: Tensor, patches: Sequence[Patch], what: str, network: torch.nn.Module
-    ) -> None:
-        finite = torch.isfinite(values).flatten(1).all(1)
-        if not bool(finite.all()):
-            patch = patches[int((~finite).nonzero()[0])]
-            dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
-            raise RuntimeError(
-                f"synthesize_patches: the {what} of {patch.name} became NaN or infinite in "
-                f"{dtype}; use float32, or check the model's weights and the grid."
-            )
-
-
-def _patch_seed(patch: Patch) -> int:
-    """A seed of its own for every place, whatever grid or batch it is made in."""
-    key = f"{patch.seed}/{patch.x}/{patch.y}".encode()
-    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little")

@@ -21,6 +21,7 @@ from parity_table import LAYOUTS, OPERATORS, difference, doubled, through_triton
 from ssldiff_fast.kernels import gather_windows as gather_windows_kernels
 from ssldiff_fast.kernels import geglu as geglu_kernels
 from ssldiff_fast.kernels import group_norm_silu as group_norm_silu_kernels
+from ssldiff_fast.kernels import group_norm_silu_backward as backward_kernels
 from ssldiff_fast.kernels import interpolate_grid as interpolate_grid_kernels
 from ssldiff_fast.kernels import layer_norm as layer_norm_kernels
 from ssldiff_fast.kernels import map_statistics as map_kernels
@@ -222,7 +223,7 @@ def _norm_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
         types = {**sizes, **{f"{name}_ptr": "*fp32" for name in sums}}
         types |= {f"{name}_ptr": f"*{dtype}" for name in stored}
         silu = {**flags, "SILU": True}
-        backward = kernels.group_norm_silu_backward_kernel
+        backward = backward_kernels.group_norm_silu_backward_kernel
         cases += [
             (f"statistics {dtype}", kernels.group_norm_statistics_kernel, types, flags),
             (f"combine {dtype}", kernels.group_norm_combine_kernel, types, combine),

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from golden_inputs import UNET_A, fill, golden_input, golden_output, relative_error
-from ssldiff_fast.models.fused_unet import FusedUNet, enlarging, why_not
+from ssldiff_fast.models.folded import enlarging
+from ssldiff_fast.models.fused_unet import FusedUNet, why_not
 from ssldiff_fast.models.unet import UNet
 
 PROGRAM = Path(__file__).parent.parent / "fused_programs.py"

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from ssldiff_fast.models.attention import BasicTransformerBlock, SpatialTransformer
 from ssldiff_fast.models.feed_forward import GEGLU
+from ssldiff_fast.models.folded import carried, enlarging, summed
 from ssldiff_fast.models.group_norm import GroupNormSiLU
-from ssldiff_fast.models.packed import PackedWeights
 from ssldiff_fast.models.prepared import PreparedContext, TimeVectors, TokenVectors
 from ssldiff_fast.models.side_by_side import side_by_side
 from ssldiff_fast.models.unet import UNet
@@ -257,7 +257,7 @@ def _res_block(
         else:  # half as many, of a guided pair before its two differ: once for both
             made = (rows @ weight.t()).unflatten(0, source.values.shape[:2])
             other = made if other is None else other + made
-    return _added(out, size, other, _sums.of(block, second.bias, skip.bias)[0])
+    return _added(out, size, other, summed(block, second.bias, skip.bias))
 
 
 def _transformer(block: SpatialTransformer, source: _Map, context: PreparedContext) -> _Map:
@@ -270,7 +270,7 @@ def _transformer(block: SpatialTransformer, source: _Map, context: PreparedConte
         tokens = _tokens(inner, tokens, context.blocks[block.first_block + number])
         after = _linear(inner.ff.net[2]).bias
         if number == last:
-            bias = _carried.of(block, bias, out.weight, after)[0]
+            bias = carried(block, bias, out.weight, after)
         else:
             tokens += after
     made = tokens @ out.weight.flatten(1).t()
@@ -297,10 +297,7 @@ def _tokens(
         tokens += _linear(first.to_out[0]).bias
     if vectors.keys is None or vectors.offsets is not None:
         tokens, normed = token_attention(
-            tokens,
-            vectors.values,
-            norm.weight,
-            norm.bias,
+            *(tokens, vectors.values, norm.weight, norm.bias),
             keys=vectors.keys,
             offsets=vectors.offsets,
             heads=1 if vectors.keys is None else block.attn2.heads,
@@ -389,33 +386,6 @@ def _rows(maps: Tensor) -> Tensor:  # [N, C, h, w] to [N, L, C]
 
 def _as_maps(rows: Tensor, size: tuple[int, int]) -> Tensor:  # [N, L, C] to [N, C, h, w]
     return rows.unflatten(1, size).permute(0, 3, 1, 2)
-
-
-def _enlarged(weight: Tensor) -> tuple[Tensor]:
-    w = weight.detach().double()
-    for axis in (2, 3):
-        a, b, c = w.unbind(axis)
-        w = torch.stack((c, b + c, a + b, a), axis)
-    made = w.transpose(0, 1).to(weight.dtype)
-    return (made.contiguous(memory_format=torch.channels_last),)
-
-
-def _product_added(bias: Tensor, weight: Tensor, other: Tensor) -> tuple[Tensor]:
-    return (bias + weight.flatten(1) @ other,)
-
-
-_filters = PackedWeights(_enlarged)
-_sums = PackedWeights(lambda first, second: (first + second,))
-_carried = PackedWeights(_product_added)
-
-
-def enlarging(conv: nn.Conv2d) -> Tensor:  # [C, out, 4, 4]
-    """The filter with which a transposed convolution of stride 2 is `conv` of the enlarged map.
-
-    With out(p) = sum_d w(d) up(p + d - 1) and up(q) = x(q // 2), the input i meets the output p by
-    w(2 - k) + w(3 - k), where k = p + 1 - 2 i is one of 0 to 3 and w is zero outside 0 to 2.
-    """
-    return _filters.of(conv, conv.weight)[0]
 
 
 def _conv(module: nn.Module) -> Any:

@@ -312,7 +312,7 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    from ..kernels.group_norm_silu import group_norm_silu_backward as kernel
+    from ..kernels.group_norm_silu_backward import group_norm_silu_backward as kernel
 
     return kernel(*arguments)
 

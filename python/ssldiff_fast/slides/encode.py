@@ -263,8 +263,10 @@ def _keep_pieces(_: int) -> None:
     glibc gives pieces of megabytes back to the system and takes them anew, all pages of them: of a
     block of 1024 x 1024 pixels that was a fifth of its time.
     """
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(library, "mallopt"):
+    if sys.platform != "linux":
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):  # other C libraries have no such settings
         library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         library.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 

@@ -38,6 +38,7 @@ SMALLEST_LEVEL_PX = 512
 _IMAGE_DESCRIPTION = 270
 # So many bytes are sent to the disk at once while tiles come: an fsync then waits for the last.
 _SENT_BYTES = 2**23
+_JOINED_BYTES = 2**16
 
 
 class TiffSink(TileSink):
@@ -101,7 +102,9 @@ class TiffSink(TileSink):
 
     def put(self, level: int, row: int, column: int, tiles: Sequence[bytes]) -> None:
         framed = [self.framed(data) for data in tiles]
-        self._opened.write(b"".join(framed))
+        # One call for small tiles; a copy of large ones would cost more.
+        small = len(framed[0]) < _JOINED_BYTES
+        self._opened.writelines([b"".join(framed)] if small else framed)
         index = int(self._starts[level]) + row * self._sizes[level].columns + column
         for place, data, whole in zip(itertools.count(index), tiles, framed):
             # What stands before a tile is half of what is around it.

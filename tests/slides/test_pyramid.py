@@ -300,6 +300,9 @@ def test_a_disk_that_fills_is_named_and_leaves_nothing(
         def write(self, data: bytes) -> int:
             raise OSError(28, "No space left on device")
 
+        def writelines(self, parts: list[bytes]) -> None:
+            self.write(b"".join(parts))
+
         def close(self) -> None:
             pass
 

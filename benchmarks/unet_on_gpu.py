@@ -46,7 +46,7 @@ PREDICTED = {
 
 def without_each(pairs: Pairs) -> dict[str, Evaluation]:
     """Ours without one trick each, as graphs but for the graph itself."""
-    from ssldiff_fast.kernels import softmax  # needs Triton, which CPUs may lack
+    from ssldiff_fast.kernels import rows  # needs Triton, which CPUs may lack
 
     unet = pairs.last
 
@@ -71,7 +71,7 @@ def without_each(pairs: Pairs) -> dict[str, Evaluation]:
         "wide heads by products": graphed(
             FusedUNet(unet), patch.object(fused_unet, "WIDE_HEAD", 10**9)
         ),
-        "softmax in place": graphed(FusedUNet(unet), patch.object(softmax, "softmax_", _softmax)),
+        "softmax in place": graphed(FusedUNet(unet), patch.object(rows, "softmax_", _softmax)),
         "gates in their product": graphed(
             FusedUNet(unet), patch.object(fused_unet, "_gated", _gated)
         ),

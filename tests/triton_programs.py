@@ -23,11 +23,10 @@ from ssldiff_fast.kernels import geglu as geglu_kernels
 from ssldiff_fast.kernels import group_norm_silu as group_norm_silu_kernels
 from ssldiff_fast.kernels import group_norm_silu_backward as backward_kernels
 from ssldiff_fast.kernels import interpolate_grid as interpolate_grid_kernels
-from ssldiff_fast.kernels import layer_norm as layer_norm_kernels
 from ssldiff_fast.kernels import map_statistics as map_kernels
 from ssldiff_fast.kernels import philox_normal as philox_normal_kernels
+from ssldiff_fast.kernels import rows as row_kernels
 from ssldiff_fast.kernels import scatter_mean as scatter_mean_kernels
-from ssldiff_fast.kernels import softmax as softmax_kernels
 from ssldiff_fast.kernels import token_attention as token_attention_kernels
 from ssldiff_fast.kernels import vq_nearest as vq_nearest_kernels
 from ssldiff_fast.ops import philox4x32, philox_normal
@@ -101,7 +100,7 @@ def _run_softmax(device: str) -> dict[str, str]:
         for size in ((3, 5, 130), (1, 7, 1024), (2, 1, 3000)):
             x = (4 * torch.randn(*size)).to(dtype)
             expected = x.double().softmax(-1)
-            out = softmax_kernels.softmax_(x.to(device).clone()).cpu().double()
+            out = row_kernels.softmax_(x.to(device).clone()).cpu().double()
             bound = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
             near = torch.allclose(out, expected, rtol=bound, atol=1e-7)
             worst = float((out - expected).abs().max())
@@ -242,7 +241,7 @@ def _map_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     block = {"CHUNK": map_kernels.CHUNK, "BLOCK_C": map_kernels.BLOCK_C}
     combined = {"CHUNK": map_kernels.CHUNK, "BLOCK_K": map_kernels.COMBINED, "BLOCK_W": 8}
     rows = {"BLOCK_M": 8, "BLOCK_C": 512}
-    attention = {"BLOCK_M": 4, "BLOCK_W": 1024}
+    attention = {"BLOCK_M": 4, "BLOCK_C": 1024}
     tile = {"SILU": True, "BLOCK_L": map_kernels.CHUNK, "BLOCK_C": map_kernels.BLOCK_C}
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
     for dtype in ("bf16", "fp32"):
@@ -253,8 +252,8 @@ def _map_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
             (f"combine {dtype}", map_kernels.combine_kernel, these, combined),
             (f"norm {dtype}", map_kernels.norm_kernel, these, tile),
             (f"geglu {dtype}", geglu_kernels.geglu_kernel, these, {"BLOCK": 1024}),
-            (f"layer_norm {dtype}", layer_norm_kernels.layer_norm_kernel, these, rows),
-            (f"softmax {dtype}", softmax_kernels.softmax_kernel, these, attention),
+            (f"layer_norm {dtype}", row_kernels.layer_norm_kernel, these, rows),
+            (f"softmax {dtype}", row_kernels.softmax_kernel, these, attention),
         ]
     block_m, block_w, block_k = geglu_kernels.TILE
     product = {"BLOCK_M": block_m, "BLOCK_W": block_w, "BLOCK_K": block_k, "SUMMANDS": 384}

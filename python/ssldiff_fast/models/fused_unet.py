@@ -282,7 +282,7 @@ def _tokens(
     tokens: Tensor,  # [N, L, C], changed
     vectors: TokenVectors,
 ) -> Tensor:  # [N or 2 N, L, C], without the feed-forward's last bias
-    from ssldiff_fast.kernels.layer_norm import layer_norm
+    from ssldiff_fast.kernels.rows import layer_norm
 
     first, norm, before = block.attn1, block.norm3, block.norm1
     # All three products at once: the module's own way to one matrix.
@@ -336,7 +336,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
 ) -> Tensor:  # [N, heads, L, width]
-    from ssldiff_fast.kernels.softmax import softmax_
+    from ssldiff_fast.kernels.rows import softmax_
 
     heads, positions, width = query.shape[1:]
     wide = width > WIDE_HEAD and FEW_POSITIONS <= positions <= MOST_POSITIONS

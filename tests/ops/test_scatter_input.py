@@ -18,6 +18,12 @@ BAND = torch.zeros(3, 19, 23)
 STEP = CanvasStep(BAND, x=1.0, output=1.0)
 HALF = torch.arange(0, 20, 2)
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no tensor": ({"windows": [1.0]}, TypeError, r"windows must be a torch.Tensor, but a list"),
+    "rank": ({"windows": torch.zeros(20, 7, 5)}, ValueError, r"shape \[20, 7, 5\], but \[M, C"),
+    "dtype": ({"windows": torch.zeros(20, 3, 7, 5).long()}, TypeError, r"windows is int64, but"),
+    "count": ({"windows": torch.zeros(19, 3, 7, 5)}, ValueError, r"\[M, C, h, w\] with M = 20"),
+    "size": ({"windows": torch.zeros(20, 3, 7, 6)}, ValueError, r"h = 7, w = 5 was expected"),
+    "no plan": ({"plan": (0, 3)}, TypeError, r"plan is a tuple, but a WindowPlan was expected"),
     "index dtype": ({"index": torch.arange(20).int()}, TypeError, "index is int32"),
     "index rank": ({"index": torch.zeros(2, 10).long()}, ValueError, r"index has shape \[2, 10\]"),
     "index count": ({"index": torch.arange(19)}, ValueError, r"\[M, C, h, w\] with M = 19"),
@@ -106,6 +112,7 @@ def test_bad_input_is_one_clear_sentence(
     arguments = {"windows": ODD.windows(), "plan": ODD.plan, **change}
     with pytest.raises(error, match=message) as caught:
         function(**arguments)
+    assert str(caught.value).startswith("scatter_mean: ")
     assert "\n" not in str(caught.value)
 
 

@@ -166,7 +166,7 @@ def _check_step(step: CanvasStep, windows: Tensor, sizes: dict[str, int]) -> Non
             f"{_CALL}: step.previous is None, but step.history is {step.history}; pass the "
             "denoised canvas of the step before."
         )
-    check_seed(step.seed)
+    check_seed(step.seed, call=_CALL)
     if isinstance(step.step, bool) or not isinstance(step.step, numbers.Integral):
         raise TypeError(f"{_CALL}: step.step is {step.step!r}, but a whole number was expected.")
     if not 0 <= step.step < COUNTER_LIMIT:

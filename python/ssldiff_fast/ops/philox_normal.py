@@ -143,12 +143,13 @@ def _rounds(
     return c0, c1, c2, c3
 
 
-def check_seed(seed: int) -> int:
-    """The seed as an int, or an error that says what a seed is."""
+def check_seed(seed: int, *, call: str | None = None) -> int:
+    """The seed as an int, or an error that says what a seed is, and which public call was made."""
+    where = "" if call is None else f"{call}: "
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise TypeError(f"seed is {seed!r}; expected an integer from 0 to 2^64 - 1.")
+        raise TypeError(f"{where}seed is {seed!r}; expected an integer from 0 to 2^64 - 1.")
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}; expected an integer from 0 to 2^64 - 1.")
+        raise ValueError(f"{where}seed is {seed}; expected an integer from 0 to 2^64 - 1.")
     return int(seed)
 
 

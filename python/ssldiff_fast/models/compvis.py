@@ -101,9 +101,9 @@ def _unet(path: Path, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _vae(path: Path, params: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    section = params.get("first_stage_config")
+    section: Any = params.get("first_stage_config")
     vae = _section(path, "first_stage_config", section, tuple(_VAES))
-    kind = _VAES[section["target"]]  # type: ignore[index]
+    kind = _VAES[section["target"]]
     keys = _VAE_KEYS[kind]
     missing = [key for key in keys if key not in vae]
     if missing:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,7 @@ def _sink(
         "dzi": lambda: DziSink(raster, description, **shared),
     }
     for name, version in VERSIONS.items():
-        sinks[name] = lambda version=version: OmeZarrSink(  # type: ignore[misc]
-            raster, description, version=version, **shared
-        )
+        sinks[name] = partial(OmeZarrSink, raster, description, version=version, **shared)
     if chosen in sinks:
         return sinks[chosen]()
     return TiffSink(raster, description, kind=chosen, **shared)

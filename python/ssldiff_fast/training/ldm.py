@@ -219,9 +219,8 @@ def train_ldm(
     if recipe.fit.evaluations:
         others = PatchPool(images, data, split="holdout")
         aside = sample_latents(others, vae, encoder, count=_ASIDE, seed=0, device=device)
-        task.aside = tuple(  # type: ignore[assignment]
-            torch.from_numpy(part).to(device) for part in (aside.latents, aside.embeddings)
-        )
+        latents, embeddings = torch.from_numpy(aside.latents), torch.from_numpy(aside.embeddings)
+        task.aside = latents.to(device), embeddings.to(device)
     run(
         task,
         batches,

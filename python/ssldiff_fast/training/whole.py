@@ -89,17 +89,22 @@ def train_all(
     if target.exists() and not resume:
         raise FileExistsError(f"{target} exists already; add --resume, or name another folder")
     pool = PatchPool(read_run(chosen.vae, VAERecipe)[1], data)
-    common = {"resume": resume, "device": device, "progress": progress, "pool": pool}
+    common: dict[str, Any] = {
+        "resume": resume,
+        "device": device,
+        "progress": progress,
+        "pool": pool,
+    }
     vae, encoder = folder / "vae", folder / "encoder"
-    train_vae(chosen.vae, data, vae, minutes=left(_VAE_SHARE), **common)  # type: ignore[arg-type]
-    parts = {"vae_folder": vae, "vae_recipe": chosen.vae}
+    train_vae(chosen.vae, data, vae, minutes=left(_VAE_SHARE), **common)
+    parts: dict[str, Any] = {"vae_folder": vae, "vae_recipe": chosen.vae}
     train_encoder(
         chosen.encoder,
         data,
         encoder,
         minutes=left(_ENCODER_SHARE),
-        **parts,  # type: ignore[arg-type]
-        **common,  # type: ignore[arg-type]
+        **parts,
+        **common,
     )
     model = train_ldm(
         chosen.ldm,
@@ -108,8 +113,8 @@ def train_all(
         encoder_folder=encoder,
         encoder_recipe=chosen.encoder,
         minutes=left(),
-        **parts,  # type: ignore[arg-type]
-        **common,  # type: ignore[arg-type]
+        **parts,
+        **common,
     )
     with torch.no_grad():
         seen = pool.sample(_CHUNK, model.encoder.spec.patch_px, seed=0)

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import os
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +12,20 @@ import torch
 from PIL import Image
 
 import ssldiff_fast as sf
+from patch_runs import grid_of, hashes, make
 from ssldiff_fast import patches
-from ssldiff_fast.canvas import CanvasDenoiser, GridField, WindowPlan, get_preset, sample
+from ssldiff_fast.canvas import CanvasDenoiser, GridField, WindowPlan, sample
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.cli import main
 from ssldiff_fast.models.ldm import LatentDiffusion
 from ssldiff_fast.patch_sampler import PatchSampler, patch_seed
 from ssldiff_fast.slides import patch_files
-from ssldiff_fast.slides.grid import Grid
-from tiny_models import PATCH_PX, tiny_grid, tiny_model
+from tiny_models import PATCH_PX, tiny_model
 
 
 @pytest.fixture(scope="module")
 def model() -> LatentDiffusion:
     return tiny_model()
-
-
-def grid_of(model: LatentDiffusion) -> Grid:
-    """Five valid cells of six, somewhere in a slide."""
-    grid = tiny_grid(model)
-    valid = grid.valid.clone()
-    valid[0, 1] = False
-    return dataclasses.replace(
-        grid,
-        valid=valid,
-        region_px=(1000, 2000, 3 * 64, 2 * 64),
-        cell_level0_px=64,
-        source={"name": "CMU 1.v2.svs"},
-    )
-
-
-def make(model: LatentDiffusion, folder: Path, **changes: Any) -> sf.PatchSynthesis:
-    settings: dict[str, Any] = {"steps": 2, "batch_size": 3, "progress": False, **changes}
-    grid = settings.pop("grid", None) or grid_of(model)
-    return sf.synthesize_patches(model, grid, folder, **settings)
-
-
-def hashes(folder: Path, pattern: str = "*.png") -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.glob(pattern))
-    }
 
 
 def test_every_valid_cell_gets_an_image_named_by_slide_and_place(
@@ -287,107 +256,6 @@ def test_other_files_of_the_folder_are_left_alone(model: LatentDiffusion, tmp_pa
     make(model, tmp_path)
     make(model, tmp_path, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == (tmp_path / "photo.png").read_text() == "mine"
-
-
-def with_nan(model: LatentDiffusion) -> Grid:
-    grid = grid_of(model)
-    embeddings = grid.embeddings.clone()
-    embeddings[1, 1] = float("nan")
-    return dataclasses.replace(grid, embeddings=embeddings)
-
-
-def empty(model: LatentDiffusion) -> Grid:
-    return dataclasses.replace(grid_of(model), valid=torch.zeros(2, 3, dtype=torch.bool))
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"seeds": 0}, ValueError, "seeds is 0"),
-        ({"seeds": 1.5}, TypeError, "seeds is 1.5"),
-        ({"seed": -1}, ValueError, "seed is -1"),
-        ({"seed": 2**64 - 1, "seeds": 2}, ValueError, "seed is 18446744073709551616"),
-        ({"batch_size": 0}, ValueError, "batch_size is 0"),
-        ({"format": "webp"}, ValueError, "format is 'webp', but it must be one of jpeg, png, sha"),
-        ({"quality": 80}, ValueError, "quality is of JPEG, but format is 'png'"),
-        ({"format": "jpeg", "quality": 101}, ValueError, "quality is 101"),
-        ({"steps": 0}, ValueError, "steps is 0"),
-        ({"preset": "best"}, ValueError, "preset is 'best'"),
-        (
-            {"preset": dataclasses.replace(get_preset("paper"), reuse=2)},
-            ValueError,
-            "the preset's reuse is 2, but that is for large images",
-        ),
-        ({"device": "cpu"}, ValueError, "device, dtype and execution are for a model that is"),
-        ({"grid": with_nan}, ValueError, "NaN or infinity in 1 cell"),
-        ({"grid": empty}, ValueError, "no valid cell"),
-        ({"grid": lambda model: "nowhere.h5"}, FileNotFoundError, "nowhere.h5"),
-        ({"grid": lambda model: 5}, TypeError, "grid is a int"),
-    ],
-)
-def test_what_cannot_work_is_said_before_anything_is_written(
-    model: LatentDiffusion,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    error: type[Exception],
-    message: str,
-) -> None:
-    changes = {k: v(model) if isinstance(v, Callable) else v for k, v in changes.items()}  # type: ignore[arg-type]
-    with pytest.raises(error, match=message):
-        make(model, tmp_path / "out", **changes)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_cannot_be_one_is_named(model: LatentDiffusion, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"output folder .*file cannot be made"):
-        make(model, tmp_path / "file")
-
-
-def test_patches_without_a_recipe_are_not_taken_for_ours(
-    model: LatentDiffusion, tmp_path: Path
-) -> None:
-    make(model, tmp_path)
-    (tmp_path / "recipe.json").unlink()
-    with pytest.raises(FileExistsError, match=r"but no recipe\.json"):
-        make(model, tmp_path)
-    (tmp_path / "recipe.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be read as a recipe"):
-        make(model, tmp_path)
-
-
-def test_a_full_disk_is_said_and_keeps_what_is_there(
-    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write, written = Path.write_bytes, []
-
-    def full(self: Path, data: bytes) -> int:
-        written.append(self)
-        if len(written) > 3:
-            raise OSError(28, os.strerror(28))
-        return write(self, data)
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match=r"No space left on device.*make room"):
-        make(model, tmp_path)
-    monkeypatch.undo()
-    assert len(hashes(tmp_path)) == 2  # and the recipe
-    assert make(model, tmp_path).kept == 2
-
-
-def test_nan_names_the_patch(
-    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = LDMDenoiser.__call__
-
-    def broken(self: Any, *others: Any) -> torch.Tensor:
-        output = forward(self, *others)
-        output[:, 1] = float("inf")
-        return output
-
-    monkeypatch.setattr(LDMDenoiser, "__call__", broken)
-    with pytest.raises(RuntimeError, match=r"latent of CMU_1_v2_1128_2000_s0 became NaN.*float32"):
-        make(model, tmp_path)
 
 
 def run(*arguments: Any) -> int:

@@ -86,7 +86,7 @@ class _Map:
 
 
 class FusedUNet:
-    """A `UNet` for inference, by the kernels of `kernels/map_statistics.py`.
+    """A `UNet` for inference, by kernels of its own (`map_statistics`, `geglu`, `rows`).
 
     Args:
         unet: whose parameters are read, as they are at each call.

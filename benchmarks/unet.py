@@ -159,6 +159,7 @@ def measure(pairs: Pairs, size: str, rounds: int, compile_b2: bool) -> dict[str,
     figures["gigaflops"]["matrix product"] = round(rate)
     figures["tricks"] = tricks(pairs, rounds)
     if pairs.device == "cuda":
+        figures["reuse"] = unet_on_gpu.reuse(pairs, rounds)
         figures["breakdown"] = unet_on_gpu.kinds_of_kernels(pairs)
     else:
         figures["breakdown"] = unet_on_cpu.kinds_of_layers(pairs)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ssldiff_fast.models import UNet, fused_unet
+from ssldiff_fast.models import UNet, fused_blocks, fused_unet
 from ssldiff_fast.models.execution import GraphedNetwork, Network
 from ssldiff_fast.models.feed_forward import GEGLU
 from ssldiff_fast.models.fused_unet import FusedUNet
+from timing import alternate
 
 if TYPE_CHECKING:
     from unet import Pairs
@@ -69,13 +70,34 @@ def without_each(pairs: Pairs) -> dict[str, Evaluation]:
             FusedUNet(unet), patch.object(F, "conv_transpose2d", _Enlarging(unet))
         ),
         "wide heads by products": graphed(
-            FusedUNet(unet), patch.object(fused_unet, "WIDE_HEAD", 10**9)
+            FusedUNet(unet), patch.object(fused_blocks, "WIDE_HEAD", 10**9)
         ),
         "softmax in place": graphed(FusedUNet(unet), patch.object(rows, "softmax_", _softmax)),
         "gates in their product": graphed(
-            FusedUNet(unet), patch.object(fused_unet, "_gated", _gated)
+            FusedUNet(unet), patch.object(fused_blocks, "_gated", _gated)
         ),
         "halves side by side": graphed(FusedUNet(unet), patch.object(fused_unet, "HALVED", 2**60)),
+    }
+
+
+def reuse(pairs: Pairs, rounds: int) -> dict[str, float]:
+    """The outermost level's share of an evaluation, and what follows for reusing the rest."""
+    given = pairs.x, pairs.time, pairs.prepared
+    _, deep = pairs.network.with_deep(*given)
+    times = alternate(
+        {
+            "whole": lambda: pairs.network(*given),
+            "whole, kept": lambda: pairs.network.with_deep(*given),
+            "outermost level": lambda: pairs.network.with_deep(*given, deep),
+        },
+        3 * rounds,
+        pairs.device,
+    )
+    exact, kept, outer = (one["median_ms"] for one in times.values())
+    return {
+        "share": round(outer / exact, 3),
+        **{f"times faster by {n}": round(n * exact / (kept + (n - 1) * outer), 3) for n in (2, 3)},
+        "megabytes of a window": round(deep.nbytes / len(pairs.x) / 1e6, 3),
     }
 
 

@@ -96,6 +96,16 @@ def test_the_canvas_stays_on_the_gpu_and_is_that_of_the_cpu(preset: str) -> None
     assert relative_error(canvas.cpu(), expected) < 1e-4
 
 
+@pytest.mark.parametrize("execution", ["eager", "graph"])
+def test_features_are_reused_as_on_the_cpu(execution: str) -> None:
+    expected = denoised(tiny_model(), "paper", "cpu", reuse=2)
+    model = tiny_model()
+    model.execution = execution
+    assert relative_error(denoised(model, "paper", "cuda", reuse=2).cpu(), expected) < 1e-4
+    exact = denoised(model, "paper", "cuda").cpu()
+    assert relative_error(exact, expected) > 1e-3
+
+
 def test_the_same_seed_gives_the_same_canvas_bit_for_bit() -> None:
     first, second = (denoised(tiny_model(), "fast", "cuda") for _ in range(2))
     assert torch.equal(first, second)
@@ -150,6 +160,28 @@ def test_synthesis_on_a_gpu_writes_the_image_of_the_cpu(tmp_path: Path) -> None:
         images.append(np.asarray(Image.open(path)).astype(int))
     # A latent that rounding puts nearer to another code would show in its tile.
     assert np.abs(images[0] - images[1]).mean() < 1
+
+
+def test_the_micro_batch_is_measured_there_and_belongs_to_the_recipe(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model().to("cuda")
+    made = sf.synthesize(
+        *(model, tiny_grid(model, ROWS, COLUMNS), tmp_path / "image.png"),
+        steps=2,
+        batch_size="auto",
+        progress=False,
+    )
+    chosen = made.recipe["batch_size"]
+    assert chosen in [2**power for power in range(9)]
+    assert f"batch_size auto: {chosen} (" in caplog.text
+    again = sf.synthesize(
+        *(model, tiny_grid(model, ROWS, COLUMNS), tmp_path / "again.png"),
+        steps=2,
+        batch_size=chosen,
+        progress=False,
+    )
+    assert again.path.read_bytes() == made.path.read_bytes()
 
 
 @pytest.mark.parametrize("preset", ["paper", "fast", "authors"])

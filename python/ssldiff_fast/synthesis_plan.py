@@ -128,6 +128,7 @@ class Plan:
             batch_size,
             most=_widest(windows, preset.steps),
             guided=preset.guidance_scale != 1.0,
+            reuses=preset.reuse != 1,
         )
         denoiser = CanvasDenoiser(
             network,

@@ -103,6 +103,27 @@ def test_a_graph_has_the_bits_of_its_layers_at_every_shape_and_time() -> None:
 
 
 @pytest.mark.gpu
+@torch.no_grad()
+def test_graphs_of_the_outermost_level_have_the_bits_of_its_layers() -> None:
+    unet = fill(UNet(**SMALL)).to("cuda", memory_format=torch.channels_last)
+    eager, graphed = FusedUNet(unet), network_for(unet)
+    assert isinstance(graphed, GraphedNetwork)
+    x, context = golden_input("x", 2, 3, 16, 16).cuda(), golden_input("c", 4, 1, 64).cuda()
+    early, late = (eager.prepare_time(torch.tensor(t, device="cuda")) for t in (400.0, 380.0))
+    prepared = graphed.prepare(context)
+    for _ in range(2):
+        expected, deep = eager.with_deep(x, early, prepared)
+        out, kept = graphed.with_deep(x, early, prepared)
+        assert torch.equal(out, expected)
+        assert torch.equal(kept, deep)
+        assert torch.equal(out, graphed(x, early, prepared))
+        out, same = graphed.with_deep(x * 0.9, late, prepared, kept)
+        assert same is kept
+        assert torch.equal(out, eager.with_deep(x * 0.9, late, prepared, deep)[0])
+        assert relative_error(out, unet.with_deep(x * 0.9, late, context, deep)[0]) < 1e-5
+
+
+@pytest.mark.gpu
 def test_changed_weights_are_captured_anew() -> None:
     unet = fill(UNet(**SMALL)).to("cuda", memory_format=torch.channels_last)
     graphed = network_for(unet)
@@ -136,6 +157,7 @@ class Greedy:
     def __init__(self, network: FusedUNet, room: int) -> None:
         self.network, self.room = network, room
         self.prepare, self.prepare_time = network.prepare, network.prepare_time
+        self.with_deep = network.with_deep
 
     def __call__(self, x: Tensor, *others: Any) -> Tensor:
         out = self.network(x, *others)

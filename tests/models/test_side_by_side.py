@@ -19,11 +19,12 @@ from ssldiff_fast.models.side_by_side import side_by_side
 from ssldiff_fast.models.unet import UNet
 
 
-def scaled(x: Tensor, context: PreparedContext) -> Tensor:
-    """A network: windows times the sums of what is prepared for them."""
+def scaled(x: Tensor, context: PreparedContext, beside: Tensor) -> tuple[Tensor, Tensor]:
+    """A network: windows times the sums of what is prepared for them, and with more added."""
     assert context.packed is not None
     sums = context.packed.sum(1)[:, None, None, None]
-    return x.repeat(len(context) // len(x), 1, 1, 1) * sums
+    out = x.repeat(len(context) // len(x), 1, 1, 1) * sums
+    return out, out + beside
 
 
 @pytest.mark.parametrize("each", [1, 2])
@@ -37,7 +38,10 @@ def test_windows_and_pairs_come_back_in_their_order(
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
     x, packed = torch.randn(5, 3, 2, 2), torch.randn(5 * each, 7)
     context = PreparedContext.of_one_token(packed, [3, 4])
-    assert torch.equal(side_by_side(scaled, x, context, parts=parts), scaled(x, context))
+    beside = torch.randn(5 * each, 3, 2, 2)
+    found = side_by_side(scaled, x, context, beside, parts=parts)
+    for one, expected in zip(found, scaled(x, context, beside), strict=True):
+        assert torch.equal(one, expected)
 
 
 @pytest.mark.gpu
@@ -56,6 +60,11 @@ def test_on_a_gpu_halves_are_those_that_are_evaluated_alone(
     ]
     monkeypatch.setattr(fused_unet, "HALVED", 1)
     graphed = network_for(unet)
+    expected, deep = torch.cat(alone, 1).flatten(0, 1), None
     for network in (whole, graphed, graphed):
-        out = network(x, vectors, prepared)
-        assert torch.equal(out, torch.cat(alone, 1).flatten(0, 1))
+        assert torch.equal(network(x, vectors, prepared), expected)
+        out, made = network.with_deep(x, vectors, prepared)
+        assert torch.equal(out, expected)
+        deep = made if deep is None else deep
+        assert torch.equal(made, deep)
+        assert torch.equal(network.with_deep(x, vectors, prepared, made)[0], expected)

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ssldiff_fast.models.execution import Network, network_for
+from ssldiff_fast.models.execution import Network, SplitNetwork, network_for
 from ssldiff_fast.models.fused_unet import versions_of
 from ssldiff_fast.models.threads import timed
 
@@ -133,13 +133,15 @@ class LDMDenoiser:
         deep: Tensor | None = None,  # [B or 2 B, width, h, w], of the same windows
     ) -> tuple[Tensor, Tensor]:
         """The model output, and what the U-Net's lower levels made; see `UNet.with_deep`."""
-        unet = self.model.unet
-        windows = x.to(next(unet.parameters()).dtype)
+        parameter, network = next(self.model.unet.parameters()), self.network
+        assert isinstance(network, SplitNetwork)  # or the run is refused
+        windows = x.to(parameter.device, parameter.dtype)
         context = self._context(state, index)
-        evaluate = partial(unet.with_deep, windows, self._time(t), context, deep)
+        assert not isinstance(context, Tensor)  # for the type checker
+        evaluate = partial(network.with_deep, windows, self._time(t), context, deep)
         # Threads are chosen by evaluations of the whole network, which take longer than others.
         output, deep = timed(evaluate, len(context)) if deep is None else evaluate()
-        return output.unflatten(0, (-1, x.shape[0])), deep
+        return output.unflatten(0, (-1, x.shape[0])).to(x.device), deep
 
     @property
     def network(self) -> Network:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser, LDMState
-from ssldiff_fast.models.unet import UNet
+from ssldiff_fast.models.execution import SplitNetwork
 
 if TYPE_CHECKING:
     from ssldiff_fast.canvas.denoiser import CanvasDenoiser
@@ -99,13 +99,13 @@ def deep_maps(denoiser: CanvasDenoiser, reuse: int, canvases: int, *, call: str)
             "has what the one before computed; leave it out, or use windows that stay, such as "
             "those of the preset 'paper'."
         )
-    if not isinstance(network, LDMDenoiser) or not isinstance(network.network, UNet):
+    if not isinstance(network, LDMDenoiser) or not isinstance(network.network, SplitNetwork):
         kind = type(network.network if isinstance(network, LDMDenoiser) else network).__name__
         raise ValueError(
             f"{call}: reuse is {reuse}, but the network is a {kind}; it is for a model of `sf.load`"
-            " on a CPU, with execution 'auto' or 'eager' and without regions: leave it out."
+            " with execution 'auto', 'eager' or 'graph' and without regions: leave it out."
         )
-    unet, (h, w) = network.network, network.window
+    unet, (h, w) = network.model.unet, network.window
     pair = 1 if denoiser.guidance_scale == 1.0 else 2
     of_window = pair * unet.deep_width * h * w * next(unet.parameters()).element_size()
     windows = canvases * denoiser.evaluator.count(denoiser.plan(0))

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -80,7 +81,9 @@ def _fits(trial: Callable[[int], object], batch: int) -> bool:
     return False
 
 
-def fitting_windows(denoiser: LDMDenoiser, size: int, *, most: int, guided: bool) -> int:
+def fitting_windows(
+    denoiser: LDMDenoiser, size: int, *, most: int, guided: bool, reuses: bool = False
+) -> int:
     """`fitting` for windows of the network, on a GPU; elsewhere `size`.
 
     Args:
@@ -88,24 +91,28 @@ def fitting_windows(denoiser: LDMDenoiser, size: int, *, most: int, guided: bool
         size: windows of one network call, at most.
         most: windows of one row of the canvas.
         guided: whether each is a pair.
+        reuses: whether the outermost level is evaluated alone too.
     """
     if next(denoiser.model.unet.parameters()).device.type not in TRIED:
         return size
-    return fitting(
-        "windows", size, lambda batch: evaluate(denoiser, batch, guided=guided), most=most
-    )
+    trial = partial(evaluate, denoiser, guided=guided, reuses=reuses)
+    return fitting("windows", size, trial, most=most)
 
 
 @torch.no_grad()
-def evaluate(denoiser: LDMDenoiser, batch: int, *, guided: bool) -> float:
-    """The seconds of one evaluation of `batch` windows of zeros."""
+def evaluate(denoiser: LDMDenoiser, batch: int, *, guided: bool, reuses: bool = False) -> float:
+    """The seconds of one evaluation of `batch` windows of zeros, or of one and one that reuses."""
     device = next(denoiser.model.unet.parameters()).device
     x = torch.zeros(batch, denoiser.channels, *denoiser.window, device=device)
     cells = torch.ones(batch, denoiser.conditioner.tokens, denoiser.conditioner.width)
     state = denoiser.prepare(cells, cells[:1] if guided else None)
     index = torch.arange(batch)
     start = time.perf_counter()
-    denoiser(x, _T, state, index).sum().item()
+    if reuses:
+        _, deep = denoiser.with_deep(x, _T, state, index)
+        denoiser.with_deep(x, _T, state, index, deep)[0].sum().item()
+    else:
+        denoiser(x, _T, state, index).sum().item()
     return time.perf_counter() - start
 
 

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ssldiff_fast.models.unet import UNet
 logger = logging.getLogger(__name__)
 
 EXECUTIONS = ("auto", "eager", "graph", "compile")
+Evaluate: TypeAlias = Callable[..., tuple[Tensor, ...]]  # (network, windows, times, context, ...)
 _WARM_UPS = 2  # calls that load and choose kernels, before one is captured
 
 
@@ -40,6 +41,17 @@ class Network(Protocol):
         ...
 
 
+@runtime_checkable
+class SplitNetwork(Network, Protocol):
+    """One whose outermost level can be evaluated alone."""
+
+    def with_deep(
+        self, x: Tensor, time: TimeVectors, context: PreparedContext, deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `UNet.with_deep`."""
+        ...
+
+
 def check_execution(execution: str, device: torch.device, *, call: str) -> None:
     """Raise ValueError for an unknown execution, or for a graph on a device that is no GPU."""
     check_choice("execution", execution, EXECUTIONS, call=call)
@@ -50,7 +62,7 @@ def check_execution(execution: str, device: torch.device, *, call: str) -> None:
         )
 
 
-def network_for(unet: UNet, execution: str = "auto") -> Network:
+def network_for(unet: UNet, execution: str = "auto") -> Network | SplitNetwork:
     """The fastest form of a U-Net where it is, or the one that is asked for.
 
     Args:
@@ -72,7 +84,7 @@ def network_for(unet: UNet, execution: str = "auto") -> Network:
     reason = why_not(unet)
     if reason is not None:
         logger.warning("the U-Net's layers are called one by one, since %s", reason)
-    network: Network = unet if reason is not None else FusedUNet(unet)
+    network: SplitNetwork = unet if reason is not None else FusedUNet(unet)
     return network if execution == "eager" else GraphedNetwork(network, unet)
 
 
@@ -81,10 +93,8 @@ class _Graph:
     """One captured evaluation: what it reads, and what it writes."""
 
     graph: torch.cuda.CUDAGraph
-    x: Tensor
-    time: list[Tensor]
-    context: PreparedContext
-    out: Tensor
+    read: list[Tensor]
+    made: tuple[Tensor, ...]
 
 
 class GraphedNetwork:
@@ -98,7 +108,7 @@ class GraphedNetwork:
         unet: whose parameters it reads.
     """
 
-    def __init__(self, network: Network, unet: UNet) -> None:
+    def __init__(self, network: SplitNetwork, unet: UNet) -> None:
         self.network = network
         self.prepare_time = network.prepare_time
         self._parameters = list(unet.parameters())
@@ -115,28 +125,55 @@ class GraphedNetwork:
             self._graphs.clear()
         return self.network.prepare(context)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, time: TimeVectors, context: PreparedContext) -> Tensor:
         """As the network's own."""
+        return self._replayed(_output, x, time, context)[0]
+
+    def with_deep(
+        self, x: Tensor, time: TimeVectors, context: PreparedContext, deep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As the network's own."""
+        if deep is not None:
+            return self._replayed(_output, x, time, context, deep)[0], deep
+        out, made = self._replayed(_output_and_deep, x, time, context)
+        return out, made
+
+    @torch.no_grad()
+    def _replayed(
+        self,
+        evaluate: Evaluate,
+        x: Tensor,
+        time: TimeVectors,
+        context: PreparedContext,
+        *deep: Tensor,
+    ) -> tuple[Tensor, ...]:
         if self._failed or torch.cuda.is_current_stream_capturing():
-            return self.network(x, time, context)
-        tensors = _tensors(context)
-        key = (x.shape, x.dtype, len(time), *((t.shape, t.dtype) for t in tensors))
+            return evaluate(self.network, x, time, context, *deep)
+        given = [x, *deep, *_tensors(context)]
+        key = (evaluate, len(time), *((tensor.shape, tensor.dtype) for tensor in given))
         captured = self._graphs.get(key)
         if captured is None:
-            captured = self._capture(x, time, context)
+            captured = self._capture(evaluate, x, time, context, deep)
             if captured is None:
-                return self.network(x, time, context)
+                return evaluate(self.network, x, time, context, *deep)
             self._graphs[key] = captured
-        read = [captured.x, *captured.time, *_tensors(captured.context)]
-        torch._foreach_copy_(read, [x, *time.blocks, *tensors])
+        torch._foreach_copy_(captured.read, [*given, *time.blocks])
         captured.graph.replay()
-        return captured.out.clone()
+        return tuple(out.clone() for out in captured.made)
 
-    def _capture(self, x: Tensor, time: TimeVectors, context: PreparedContext) -> _Graph | None:
+    def _capture(
+        self,
+        evaluate: Evaluate,
+        x: Tensor,
+        time: TimeVectors,
+        context: PreparedContext,
+        deep: tuple[Tensor, ...],
+    ) -> _Graph | None:
         begin = _now()
+        still = TimeVectors(tuple(block.clone() for block in time.blocks))
+        kept, held, below = x.clone(), context.map(torch.clone), [one.clone() for one in deep]
         try:
-            captured = self._captured(x, time, context)
+            graph, made = self._captured(lambda: evaluate(self.network, kept, still, held, *below))
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -146,26 +183,34 @@ class GraphedNetwork:
                 "no CUDA graph could be captured (%s): layers are called one by one", reason
             )
             return None
-        logger.info(
-            "captured %d windows as a CUDA graph in %.1f s", len(captured.out), _now() - begin
-        )
-        return captured
+        logger.info("captured %d windows as a CUDA graph in %.1f s", len(made[0]), _now() - begin)
+        return _Graph(graph, [kept, *below, *_tensors(held), *still.blocks], made)
 
-    def _captured(self, x: Tensor, time: TimeVectors, context: PreparedContext) -> _Graph:
-        still = TimeVectors(tuple(block.clone() for block in time.blocks))
-        kept, held = x.clone(), context.map(torch.clone)
+    def _captured(
+        self, evaluate: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                self.network(kept, still, held)
+                evaluate()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Graphs are replayed one after another, so they may share what they work in.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            out = self.network(kept, still, held)
+            made = evaluate()
         self._pool = graph.pool()
-        return _Graph(graph, kept, list(still.blocks), held, out)
+        return graph, made
+
+
+def _output(network: SplitNetwork, *given: Any) -> tuple[Tensor, ...]:
+    """Of the whole network, or with what its lower levels made of its outermost level."""
+    x, time, context, *deep = given
+    return (network.with_deep(*given)[0] if deep else network(x, time, context),)
+
+
+def _output_and_deep(network: SplitNetwork, *given: Any) -> tuple[Tensor, ...]:
+    return network.with_deep(*given)
 
 
 class CompiledUNet:

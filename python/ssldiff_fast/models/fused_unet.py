@@ -18,32 +18,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssldiff_fast.models.attention import BasicTransformerBlock, SpatialTransformer
-from ssldiff_fast.models.feed_forward import GEGLU
-from ssldiff_fast.models.folded import carried, enlarging, summed
-from ssldiff_fast.models.group_norm import GroupNormSiLU
-from ssldiff_fast.models.prepared import PreparedContext, TimeVectors, TokenVectors
+from ssldiff_fast.models.fused_blocks import (
+    convolution,
+    evaluate_stage,
+    first_map,
+    linear,
+    maps_of,
+    output_of,
+    rows_of,
+    with_statistics,
+)
+from ssldiff_fast.models.prepared import PreparedContext, TimeVectors
 from ssldiff_fast.models.side_by_side import side_by_side
 from ssldiff_fast.models.unet import UNet
-from ssldiff_fast.models.unet_blocks import Downsample, ResBlock, Stage, Upsample
-from ssldiff_fast.ops import token_attention
-
-# Heads so wide are in no fused attention kernel for GPUs but PyTorch's slowest (measured on an
-# H100 in bfloat16, 32 windows: 1024 positions of 384 in 172 us by products, 390 us by it, 222 us by
-# a flash kernel in Triton; 256 positions of 576 in 34, 52 and 45 us).
-WIDE_HEAD = 256
-# Of positions, below which a single launch is the faster: 64 positions of 960 in 31 and 25 us.
-FEW_POSITIONS = 128
-# Logits of more positions than this would take more memory than all else.
-MOST_POSITIONS = 2048
+from ssldiff_fast.models.unet_blocks import ResBlock
 
 # Values of a batch's first map from which on it is halved. On an H200 16 pairs of the published
 # model's windows are the faster for it by 2 % and 64 by 8 %, 256 of the bundled one's by 3 %; of
@@ -68,21 +63,6 @@ def why_not(unet: UNet) -> str | None:
     if parameter.dtype not in _DTYPES:
         return f"it is in {str(parameter.dtype).removeprefix('torch.')}"
     return None
-
-
-@dataclass(frozen=True)
-class _Map:
-    """A feature map, channels-last, and the statistics of its chunks."""
-
-    values: Tensor  # [N, L, C]
-    mean: Tensor  # [N, chunks, C]
-    m2: Tensor  # [N, chunks, C]
-    size: tuple[int, int]  # (h, w)
-
-    @property
-    def maps(self) -> Tensor:  # [N, C, h, w], channels-last
-        """As convolutions take it."""
-        return self.values.unflatten(1, self.size).permute(0, 3, 1, 2)
 
 
 class FusedUNet:
@@ -132,7 +112,7 @@ class FusedUNet:
         if self._absorbed is None or self._absorbed[0] != made_from:
             weights, biases = [], []
             for block in self._blocks:
-                out, before = _linear(block.attn2.to_out[0]), _linear(block.attn1.to_out[0])
+                out, before = linear(block.attn2.to_out[0]), linear(block.attn1.to_out[0])
                 weights.append(out.weight.double() @ block.attn2.to_v.weight.double())
                 biases.append(out.bias.double() + before.bias.double())
             self._absorbed = made_from, torch.cat(weights).float(), torch.cat(biases).float()
@@ -148,7 +128,7 @@ class FusedUNet:
         vectors = []
         for block in sorted(blocks, key=lambda b: b.number):
             shift = time.blocks[block.number]
-            vectors.append(shift + _conv(block.in_layers[2]).bias.to(shift.dtype))
+            vectors.append(shift + convolution(block.in_layers[2]).bias.to(shift.dtype))
         return TimeVectors(tuple(vectors))
 
     def __call__(
@@ -159,24 +139,53 @@ class FusedUNet:
     ) -> Tensor:  # [B or 2 B, C, h, w], dtype of x
         """The model output, as `UNet.forward`; float32 is never rounded to TF32, and the same
         input gives the same bits."""
-        with torch.no_grad(), exact_convolutions():
-            evaluate = partial(self._evaluated, time)
-            return side_by_side(evaluate, x, context, parts=parts_of(self.unet, x, context))
 
-    def _evaluated(self, time: TimeVectors, x: Tensor, context: PreparedContext) -> Tensor:
-        unet = self.unet
-        first = _conv(next(unet.input_blocks[0].children()))
-        hidden = _first(x.to(first.weight.dtype), first)
+        def evaluate(x: Tensor, context: PreparedContext) -> tuple[Tensor]:
+            return (self._evaluated(time, x, context)[0],)
+
+        with torch.no_grad(), exact_convolutions():
+            return side_by_side(evaluate, x, context, parts=parts_of(self.unet, x, context))[0]
+
+    def with_deep(
+        self,
+        x: Tensor,  # [B, C, h, w]
+        time: TimeVectors,
+        context: PreparedContext,
+        deep: Tensor | None = None,  # [B or 2 B, width, h, w]
+    ) -> tuple[Tensor, Tensor]:  # [B or 2 B, C, h, w], and like `deep`
+        """As `UNet.with_deep`."""
+        given = () if deep is None else (rows_of(deep),)
+        with torch.no_grad(), exact_convolutions():
+            evaluate, parts = partial(self._evaluated, time), parts_of(self.unet, x, context)
+            out, made = side_by_side(evaluate, x, context, *given, parts=parts)
+            return out, maps_of(made, x.shape[2:])
+
+    def _evaluated(
+        self,
+        time: TimeVectors,
+        x: Tensor,  # [B, C, h, w]
+        context: PreparedContext,
+        deep: Tensor | None = None,  # [B or 2 B, L, width]
+    ) -> tuple[Tensor, Tensor]:  # [B or 2 B, C, h, w], and like `deep`
+        """The output, and what the lower levels hand to the outermost one, which alone is evaluated
+        where that is given."""
+        outer = self.unet.config.num_res_blocks + 1  # stages of the outermost level on either side
+        down, up = list(self.unet.input_blocks), list(self.unet.output_blocks)
+        hidden = first_map(x, down[0])
         skips = [hidden]
-        for stage in list(unet.input_blocks)[1:]:
-            hidden = _stage(stage, [hidden], time, context)
+        for stage in down[1:] if deep is None else down[1:outer]:
+            hidden = evaluate_stage(stage, [hidden], time, context)
             skips.append(hidden)
-        hidden = _stage(unet.middle_block, [hidden], time, context)
-        for stage in unet.output_blocks:
-            hidden = _stage(stage, [hidden, skips.pop()], time, context)
-        last = _conv(unet.out[2])
-        maps = _as_maps(_norm(unet.out[0], [hidden]), hidden.size)
-        return F.conv2d(maps, last.weight, last.bias, padding=1).to(x.dtype)
+        if deep is None:
+            hidden = evaluate_stage(self.unet.middle_block, [hidden], time, context)
+            for stage in up[:-outer]:
+                hidden = evaluate_stage(stage, [hidden, skips.pop()], time, context)
+            deep = hidden.values
+        else:
+            hidden = with_statistics(deep, hidden.size)
+        for stage in up[-outer:]:
+            hidden = evaluate_stage(stage, [hidden, skips.pop()], time, context)
+        return output_of(self.unet.out, hidden).to(x.dtype), deep
 
 
 def parts_of(unet: UNet, x: Tensor, context: PreparedContext) -> int:
@@ -206,193 +215,3 @@ def _transformer_blocks(unet: UNet) -> list[BasicTransformerBlock]:
     transformers.sort(key=lambda transformer: transformer.first_block)
     blocks = [block for t in transformers for block in t.transformer_blocks]
     return [block for block in blocks if isinstance(block, BasicTransformerBlock)]
-
-
-def _stage(
-    stage: nn.Module, sources: list[_Map], time: TimeVectors, context: PreparedContext
-) -> _Map:
-    assert isinstance(stage, Stage)
-    for block in stage:
-        if isinstance(block, ResBlock):
-            sources = [_res_block(block, sources, time.blocks[block.number])]
-        elif isinstance(block, SpatialTransformer):
-            sources = [_transformer(block, sources[0], context)]
-        elif isinstance(block, Downsample):
-            conv = _conv(block.op)
-            maps = F.conv2d(sources[0].maps, conv.weight, None, stride=2, padding=1)
-            sources = [_finished(maps, conv.bias)]
-        else:
-            assert isinstance(block, Upsample)
-            conv, maps = _conv(block.conv), sources[0].maps
-            maps = F.conv_transpose2d(maps, enlarging(conv), None, stride=2, padding=1)
-            sources = [_finished(maps, conv.bias)]
-    return sources[0]
-
-
-def _first(x: Tensor, conv: nn.Conv2d) -> _Map:
-    maps = F.conv2d(x.contiguous(memory_format=torch.channels_last), conv.weight, None, padding=1)
-    return _finished(maps, conv.bias)
-
-
-def _res_block(
-    block: ResBlock,
-    sources: list[_Map],
-    shift: Tensor,  # [1, C]
-) -> _Map:
-    size = sources[0].size
-    first, second = _conv(block.in_layers[2]), _conv(block.out_layers[3])
-    hidden = _as_maps(_norm(block.in_layers[0], sources), size)
-    middle = _finished(F.conv2d(hidden, first.weight, None, padding=1), None)
-    hidden = _as_maps(_norm(block.out_layers[0], [middle], add=shift), size)
-    out = _rows(F.conv2d(hidden, second.weight, None, padding=1))
-    if not isinstance(block.skip_connection, nn.Conv2d):
-        return _added(out, size, sources[0].values, second.bias)
-    skip = _conv(block.skip_connection)
-    weights = skip.weight.flatten(1).split([source.values.shape[2] for source in sources], dim=1)
-    other: Tensor | None = None
-    for source, weight in zip(sources, weights, strict=True):
-        rows = source.values.flatten(0, 1)
-        if len(source.values) == len(out):
-            out.view(-1, out.shape[2]).addmm_(rows, weight.t())
-        else:  # half as many, of a guided pair before its two differ: once for both
-            made = (rows @ weight.t()).unflatten(0, source.values.shape[:2])
-            other = made if other is None else other + made
-    return _added(out, size, other, summed(block, second.bias, skip.bias))
-
-
-def _transformer(block: SpatialTransformer, source: _Map, context: PreparedContext) -> _Map:
-    into, out = _conv(block.proj_in), _conv(block.proj_out)
-    tokens = F.linear(_norm(block.norm, [source]), into.weight.flatten(1), into.bias)
-    bias = out.bias
-    last = len(block.transformer_blocks) - 1
-    for number, inner in enumerate(block.transformer_blocks):
-        assert isinstance(inner, BasicTransformerBlock)
-        tokens = _tokens(inner, tokens, context.blocks[block.first_block + number])
-        after = _linear(inner.ff.net[2]).bias
-        if number == last:
-            bias = carried(block, bias, out.weight, after)
-        else:
-            tokens += after
-    made = tokens @ out.weight.flatten(1).t()
-    return _added(made, source.size, source.values, bias)
-
-
-def _tokens(
-    block: BasicTransformerBlock,
-    tokens: Tensor,  # [N, L, C], changed
-    vectors: TokenVectors,
-) -> Tensor:  # [N or 2 N, L, C], without the feed-forward's last bias
-    from ssldiff_fast.kernels.rows import layer_norm
-
-    first, norm, before = block.attn1, block.norm3, block.norm1
-    # All three products at once: the module's own way to one matrix.
-    normed = layer_norm(tokens, before.weight, before.bias, before.eps)
-    qkv = F.linear(normed, first._stack())
-    mixed = _attention(*(first.split_heads(part) for part in qkv.chunk(3, dim=-1)))
-    rows = mixed.transpose(1, 2).flatten(2)
-    _accumulate(tokens, rows, _linear(first.to_out[0]).weight)
-    if len(vectors.values) != len(tokens):
-        tokens = torch.cat((tokens, tokens))
-    if vectors.keys is not None:
-        tokens += _linear(first.to_out[0]).bias
-    if vectors.keys is None or vectors.offsets is not None:
-        tokens, normed = token_attention(
-            *(tokens, vectors.values, norm.weight, norm.bias),
-            keys=vectors.keys,
-            offsets=vectors.offsets,
-            heads=1 if vectors.keys is None else block.attn2.heads,
-            eps=norm.eps,
-        )
-    else:
-        normed = block.norm2(tokens)
-        tokens = block.attn2.attend(normed, vectors.keys, vectors.values, add=tokens)
-        normed = norm(tokens)
-    gated = _gated(block.ff.net[0], normed)
-    _accumulate(tokens, gated, _linear(block.ff.net[2]).weight)
-    return tokens
-
-
-def _gated(gates: nn.Module, x: Tensor) -> Tensor:
-    from ssldiff_fast.kernels.geglu import HALF, geglu, geglu_linear
-
-    assert isinstance(gates, GEGLU)  # for the type checker
-    weight, bias = gates.proj.weight, gates.proj.bias
-    # Before Hopper descriptors of tiles are addresses to Triton, and loads wait for each other.
-    if x.dtype in HALF and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0):
-        return geglu_linear(x, weight, bias)
-    return geglu(F.linear(x, weight, bias))
-
-
-def _accumulate(
-    tokens: Tensor,  # [N, L, C], changed
-    rows: Tensor,  # [N, L, K]
-    weight: Tensor,  # [C, K]
-) -> None:
-    tokens.view(-1, tokens.shape[2]).addmm_(rows.flatten(0, 1), weight.t())
-
-
-def _attention(
-    query: Tensor,  # [N, heads, L, width]
-    key: Tensor,
-    value: Tensor,
-) -> Tensor:  # [N, heads, L, width]
-    from ssldiff_fast.kernels.rows import softmax_
-
-    heads, positions, width = query.shape[1:]
-    wide = width > WIDE_HEAD and FEW_POSITIONS <= positions <= MOST_POSITIONS
-    if not wide:
-        return F.scaled_dot_product_attention(query, key, value)
-    q, k, v = (part.flatten(0, 1) for part in (query, key, value))
-    empty = q.new_empty(()).expand(len(q), positions, positions)
-    logits = torch.baddbmm(empty, q, k.mT, beta=0, alpha=width**-0.5)
-    return torch.bmm(softmax_(logits), v).unflatten(0, (-1, heads))
-
-
-def _norm(norm: nn.Module, sources: list[_Map], *, add: Tensor | None = None) -> Tensor:
-    from ssldiff_fast.kernels.map_statistics import norm_silu
-
-    assert isinstance(norm, GroupNormSiLU)
-    return norm_silu(
-        [(source.values, source.mean, source.m2) for source in sources],
-        norm.num_groups,
-        norm.weight,
-        norm.bias,
-        add=add,
-        eps=norm.eps,
-        silu=norm.silu,
-    )
-
-
-def _finished(maps: Tensor, bias: Tensor | None) -> _Map:
-    """What a convolution made, [N, C, h, w], with its bias."""
-    return _added(_rows(maps), (maps.shape[2], maps.shape[3]), None, bias)
-
-
-def _added(
-    rows: Tensor,  # [N, L, C], changed
-    size: tuple[int, int],
-    other: Tensor | None,  # [M, L, C]
-    bias: Tensor | None,  # [C]
-) -> _Map:
-    from ssldiff_fast.kernels.map_statistics import add_statistics
-
-    mean, m2 = add_statistics(rows, other, bias)
-    return _Map(rows, mean, m2, size)
-
-
-def _rows(maps: Tensor) -> Tensor:  # [N, C, h, w] to [N, L, C]
-    return maps.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1).flatten(1, 2)
-
-
-def _as_maps(rows: Tensor, size: tuple[int, int]) -> Tensor:  # [N, L, C] to [N, C, h, w]
-    return rows.unflatten(1, size).permute(0, 3, 1, 2)
-
-
-def _conv(module: nn.Module) -> Any:
-    assert isinstance(module, nn.Conv2d)
-    return module
-
-
-def _linear(module: nn.Module) -> Any:
-    assert isinstance(module, nn.Linear)
-    return module

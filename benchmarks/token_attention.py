@@ -41,7 +41,7 @@ def sweep(device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
         times = alternate(functions, 9 if device == "cpu" else 20, device)
         row = {"width": width, "heads": heads, "tokens": tokens}
         row |= {"ratio": ratios_to(times, one.operator)[UNFUSED]}
-        rows.append({**row, "chosen": few_tokens(width, heads, tokens, device)})
+        rows.append({**row, "chosen": few_tokens(width, heads, tokens, device, dtype)})
         print(*(f"{name} {value}" for name, value in rows[-1].items()), sep=", ", flush=True)
     return rows
 

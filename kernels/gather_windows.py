@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .window_lattice import on_device
 
-BLOCK = 1024  # values of one window that one program copies
+BLOCK = 2048  # values of some rows of one window that one program copies
 
 
-# Sizes of windows are constants, since a network has one or two: divisions by whole numbers of 64
-# bits that are known later took five times as long as the memory (H200).
+# Sizes of windows are constants, since a network has one or two: divisions by whole numbers that
+# are known later took five times as long as the memory (H200).
 @triton.jit
 def gather_windows_kernel(
     canvas_ptr,  # [C, rows, W]
@@ -30,28 +30,31 @@ def gather_windows_kernel(
     HEIGHT: tl.constexpr,  # of a window
     WIDTH: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
     """Neighbours of the result are written side by side, whatever its layout."""
-    SIZE: tl.constexpr = CHANNELS * HEIGHT * WIDTH
-    BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
-    n = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    i = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    PLANES: tl.constexpr = 1 if CHANNELS_LAST else CHANNELS
+    LINE: tl.constexpr = WIDTH * CHANNELS // PLANES  # values of a row that lie side by side
+    BLOCKS: tl.constexpr = (HEIGHT + ROWS - 1) // ROWS
+    program = tl.program_id(0)
+    u = program % BLOCKS * ROWS + tl.arange(0, ROWS)
+    plane = program // BLOCKS % PLANES
+    n = (program // BLOCKS // PLANES).to(tl.int64)
+    j = tl.arange(0, BLOCK_J)
     if CHANNELS_LAST:
-        c = i % CHANNELS
-        v = i // CHANNELS % WIDTH
-        u = i // CHANNELS // WIDTH
+        c, v = j % CHANNELS, j // CHANNELS
     else:
-        v = i % WIDTH
-        u = i // WIDTH % HEIGHT
-        c = i // WIDTH // HEIGHT
+        c, v = plane, j
     row = tl.load(origins_ptr + 2 * n) + u
     row = tl.where(row < period, row, row - period)
     column = tl.load(origins_ptr + 2 * n + 1) + v
     column = tl.where(column < width, column, column - width)
-    at = c.to(tl.int64) * stride_c + row * stride_y + column * stride_x
-    value = tl.load(canvas_ptr + at, mask=i < SIZE, other=0.0)
-    tl.store(windows_ptr + n * SIZE + i, value.to(windows_ptr.dtype.element_ty), mask=i < SIZE)
+    at = (row * stride_y)[:, None] + (column * stride_x + c * stride_c)[None, :]
+    there = (u < HEIGHT)[:, None] & (j < LINE)[None, :]
+    value = tl.load(canvas_ptr + at, mask=there, other=0.0)
+    to = windows_ptr + (n * PLANES + plane) * (HEIGHT * LINE) + u[:, None] * LINE + j[None, :]
+    tl.store(to, value.to(windows_ptr.dtype.element_ty), mask=there)
 
 
 def gather_windows(
@@ -77,8 +80,11 @@ def gather_windows(
     if wrap_y:
         rows %= height
     origins = np.stack((rows, np.asarray(origins_x, dtype=np.int64)[numbers % len(origins_x)]), 1)
-    blocks = triton.cdiv(channels * h * w, BLOCK)
-    gather_windows_kernel[(len(index) * blocks,)](
+    planes = 1 if channels_last else channels
+    block_j = triton.next_power_of_2(w * channels // planes)
+    rows_at_once = min(max(BLOCK // block_j, 1), triton.next_power_of_2(h))
+    blocks = triton.cdiv(h, rows_at_once)
+    gather_windows_kernel[(len(index) * planes * blocks,)](
         canvas,
         windows,
         on_device(origins, canvas.device),
@@ -89,6 +95,7 @@ def gather_windows(
         HEIGHT=h,
         WIDTH=w,
         CHANNELS_LAST=channels_last,
-        BLOCK=BLOCK,
+        ROWS=rows_at_once,
+        BLOCK_J=block_j,
     )
     return windows

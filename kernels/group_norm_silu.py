@@ -16,7 +16,8 @@ CHUNK = 512  # positions whose sums one program makes
 COMBINED = 8  # chunks that are combined at once
 # Positions and channels of a tile: channels-last maps are contiguous along channels, others along
 # positions.
-TILES = {True: (16, 64), False: (64, 16)}
+TILES = {True: (128, 64), False: (256, 32)}
+WARPS = 8
 
 
 @triton.jit
@@ -219,7 +220,7 @@ def group_norm_statistics(
         return centre.zero_(), spread.fill_(0.0 if eps is None else eps**-0.5)
     chunks = triton.cdiv(positions, CHUNK)
     mean, m2 = (x.new_empty((samples, chunks, channels), dtype=dtype) for _ in range(2))
-    block_l, block_c = TILES[maps.stride(1) == 1]
+    block_l, block_c = tile_of(maps)
     group_norm_statistics_kernel[(samples * chunks * triton.cdiv(channels, block_c),)](
         maps,
         mean,
@@ -231,6 +232,7 @@ def group_norm_statistics(
         CHUNK=CHUNK,
         BLOCK_L=block_l,
         BLOCK_C=block_c,
+        num_warps=WARPS,
     )
     group_norm_combine_kernel[(samples * groups,)](
         mean,
@@ -275,7 +277,7 @@ def group_norm_silu(
     if maps.numel() > 0:
         made = as_maps(out)
         chunks = triton.cdiv(positions, CHUNK)
-        block_l, block_c = TILES[maps.stride(1) == 1]
+        block_l, block_c = tile_of(maps)
         group_norm_silu_kernel[(samples * chunks * triton.cdiv(channels, block_c),)](
             maps,
             made,
@@ -292,10 +294,17 @@ def group_norm_silu(
             CHUNK=CHUNK,
             BLOCK_L=block_l,
             BLOCK_C=block_c,
+            num_warps=WARPS,
         )
         if made.data_ptr() != out.data_ptr():
             out.copy_(made.reshape(x.shape))
     return out, mean, rstd
+
+
+def tile_of(maps: Tensor) -> tuple[int, int]:
+    """Positions and channels that a program of maps [N, C, L] takes at once."""
+    most, channels = TILES[maps.stride(1) == 1]
+    return min(most, triton.next_power_of_2(maps.shape[2])), channels
 
 
 def as_maps(x: Tensor) -> Tensor:  # [N, C, L]

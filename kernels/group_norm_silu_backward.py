@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group_norm_silu import CHUNK, TILES, all_contiguous, as_maps, line, locate
+from .group_norm_silu import CHUNK, WARPS, all_contiguous, as_maps, line, locate, tile_of
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def group_norm_silu_backward(
     made = as_maps(grad_x)
     chunks = max(triton.cdiv(positions, CHUNK), 1)
     sums = mean.new_zeros((3, samples, chunks, channels))
-    block_l, block_c = TILES[maps.stride(1) == 1]
+    block_l, block_c = tile_of(maps)
     params = all_contiguous(weight, bias, add, scale, shift)
     mean, rstd = mean.contiguous(), rstd.contiguous()
 
@@ -125,6 +125,7 @@ def group_norm_silu_backward(
                 CHUNK=CHUNK,
                 BLOCK_L=block_l,
                 BLOCK_C=block_c,
+                num_warps=WARPS,
             )
 
     launch(mean, mean, True)

@@ -15,7 +15,9 @@ from torch import Tensor
 from .philox_normal import cos_turn, minus_log
 from .window_lattice import Whole, axis_windows, on_device, window_slots
 
-BLOCK = 256  # pixels of one row of the canvas that one program gathers
+# Pixels of one row of the canvas that one program gathers. A block meets more windows than any of
+# its pixels; on an H200, windows of 64 at every 16: 0.85 ms, 1.15 by 256, 1.30 by 64.
+BLOCK = 128
 NO_GUIDANCE, OF_ALL, OF_WINDOW, OF_PIXEL = 0, 1, 2, 3
 
 

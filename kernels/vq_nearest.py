@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_M = 64  # vectors of one program
+BLOCK_M = 32  # vectors of one program
 BLOCK_K = 128  # codes compared at a time
+WARPS = 4
 
 
 @triton.jit
@@ -24,28 +25,30 @@ def vq_nearest_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Codes pass in ascending blocks; the lowest index wins in a block and between blocks."""
+    """Codes pass in ascending blocks, and each lane keeps the first of its nearest; of the lanes
+    the lowest index wins."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = m < count
+    lane = tl.arange(0, BLOCK_K)
     dtype = z_ptr.dtype.element_ty
-    best = tl.full((BLOCK_M,), float("inf"), dtype=dtype)
-    best_index = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    best = tl.full((BLOCK_M, BLOCK_K), float("inf"), dtype=dtype)
+    block = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
     for start in range(0, code_count, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+        k = start + lane
         distance = tl.zeros((BLOCK_M, BLOCK_K), dtype=dtype)
         for d in range(WIDTH):
             component = tl.load(z_ptr + m * WIDTH + d, mask=inside, other=0.0)
-            code = tl.load(codes_ptr + k.to(tl.int64) * WIDTH + d, mask=k < code_count, other=0.0)
+            # A code beyond the last is infinitely far, or NaN, which is never nearer.
+            to = codes_ptr + k.to(tl.int64) * WIDTH + d
+            code = tl.load(to, mask=k < code_count, other=float("inf"))
             difference = component[:, None] - code[None, :]
             distance += difference * difference
-        # NaN never wins, and neither does a code beyond the last.
-        valid = (distance == distance) & (k < code_count)[None, :]
-        distance = tl.where(valid, distance, float("inf"))
-        nearest = tl.min(distance, axis=1)
-        candidates = tl.where(distance == nearest[:, None], k[None, :], code_count)
-        closer = nearest < best
-        best_index = tl.where(closer, tl.min(candidates, axis=1), best_index)
-        best = tl.where(closer, nearest, best)
+        closer = distance < best
+        best = tl.where(closer, distance, best)
+        block = tl.where(closer, start, block)
+    nearest = tl.min(best, axis=1)
+    found = tl.where(best == nearest[:, None], block + lane[None, :], code_count)
+    best_index = tl.min(found, axis=1)
     tl.store(indices_ptr + m, best_index.to(tl.int64), mask=inside)
     for d in range(WIDTH):
         code = tl.load(codes_ptr + best_index.to(tl.int64) * WIDTH + d, mask=inside, other=0.0)
@@ -71,5 +74,6 @@ def vq_nearest(
             WIDTH=z.shape[1],
             BLOCK_M=BLOCK_M,
             BLOCK_K=BLOCK_K,
+            num_warps=WARPS,
         )
     return vectors, indices

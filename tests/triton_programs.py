@@ -157,12 +157,12 @@ def compile_ahead() -> dict[str, str]:
         cases.append((f"scatter_mean {dtype}", kernel, {**scatter, **types}, flags_of_scatter))
         types = {"canvas_ptr": f"*{total}", "windows_ptr": f"*{dtype}"}
         flags = {"CHANNELS": 3, "HEIGHT": 64, "WIDTH": 64, "CHANNELS_LAST": True}
-        flags["BLOCK"] = gather_windows_kernels.BLOCK
+        flags |= {"ROWS": gather_windows_kernels.BLOCK // 256, "BLOCK_J": 256}
         kernel = gather_windows_kernels.gather_windows_kernel
         cases.append((f"gather_windows {dtype}", kernel, {**gather, **types}, flags))
     for dtype in ("fp32", "fp64"):
         types = {f"{name}_ptr": f"*{dtype}" for name in ("z", "codes", "vectors")}
-        flags = {"WIDTH": 3, "BLOCK_M": 64, "BLOCK_K": 128}
+        flags = {"WIDTH": 3, "BLOCK_M": 32, "BLOCK_K": 128}
         kernel = vq_nearest_kernels.vq_nearest_kernel
         cases.append((f"vq_nearest {dtype}", kernel, {**nearest, **types}, flags))
     grid = {"points_ptr": "*fp64", "valid_ptr": "*u8"}

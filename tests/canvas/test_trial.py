@@ -81,6 +81,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         torch.OutOfMemoryError("CUDA out of memory."),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError('torch_call_dispatcher( "aten::new_empty", "", stack.data()) API call failed'),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )

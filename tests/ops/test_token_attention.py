@@ -294,6 +294,8 @@ def test_one_token_always_pays_and_many_never(device: str) -> None:
     assert not few_tokens(384, 1, MAX_TOKENS + 1, device)
     assert not few_tokens(384, 8, 77, device)
     assert not few_tokens(32, 8, 4, device)
+    assert few_tokens(384, 1, 2, device, torch.bfloat16)
+    assert few_tokens(384, 1, 8, device, torch.bfloat16) == (device == "cpu")
 
 
 @pytest.mark.gpu

@@ -26,6 +26,9 @@ PREPARED_BYTES = 2**28
 # Timesteps whose vectors are kept: those of all steps, which the wavefront order needs in turn.
 PREPARED_TIMES = 1024
 
+# Of a model: its U-Net as it was, with device, dtype and execution, and the form that it is run in.
+_NETWORKS: WeakKeyDictionary[LatentDiffusion, tuple[Any, Network]] = WeakKeyDictionary()
+
 
 @dataclass(frozen=True, eq=False)
 class LDMState:
@@ -62,8 +65,6 @@ class LDMDenoiser:
         # In the order of their last use, and of which weights they were made.
         self._times: OrderedDict[Any, TimeVectors] = OrderedDict()
         self._versions: tuple[int, ...] = ()
-        # Of the U-Net as it is: its device, its dtype, and how it is run.
-        self._network: tuple[Any, Network] | None = None
         # In the order of their last use; gone with the state that they belong to.
         self._prepared: WeakKeyDictionary[LDMState, _Vectors] = WeakKeyDictionary()
 
@@ -145,12 +146,15 @@ class LDMDenoiser:
 
     @property
     def network(self) -> Network:
-        """The U-Net in the form that is the fastest where it is, see `models.execution`."""
+        """The U-Net in the form that is the fastest where it is, see `models.execution`; the same
+        for all denoisers of a model, since graphs take time to capture."""
         parameter = next(self.model.unet.parameters())
-        key = parameter.device, parameter.dtype, self.model.execution
-        if self._network is None or self._network[0] != key:
-            self._network = key, network_for(self.model.unet, self.model.execution)
-        return self._network[1]
+        unet, execution = self.model.unet, self.model.execution
+        key = unet, parameter.device, parameter.dtype, execution
+        made = _NETWORKS.get(self.model)
+        if made is None or made[0] != key:
+            made = _NETWORKS[self.model] = key, network_for(unet, execution)
+        return made[1]
 
     def _time(self, t: float) -> TimeVectors:
         """What the network takes for a timestep, made once for all batches of all steps."""

@@ -179,9 +179,10 @@ class BasicTransformerBlock(nn.Module):
     ) -> TokenVectors:
         """All that `forward` needs of the context, by the way that is faster for its tokens."""
         attn, width = self.attn2, self.norm3.normalized_shape[0]
-        if few_tokens(width, attn.heads, context.shape[1], context.device.type):
+        dtype = attn.to_v.weight.dtype
+        if few_tokens(width, attn.heads, context.shape[1], context.device.type, dtype):
             return attn.absorb(context, self.norm2)
-        context = context.to(attn.to_v.weight.dtype)
+        context = context.to(dtype)
         return TokenVectors(values=attn.to_v(context), keys=attn.to_k(context))
 
     def forward(

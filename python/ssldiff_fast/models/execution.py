@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 EXECUTIONS = ("auto", "eager", "graph", "compile")
 Evaluate: TypeAlias = Callable[..., tuple[Tensor, ...]]  # (network, windows, times, context, ...)
-_WARM_UPS = 2  # calls that load and choose kernels, before one is captured
 
 
 class Network(Protocol):
@@ -122,7 +121,7 @@ class GraphedNetwork:
         versions = versions_of(self._parameters)
         if versions != self._versions:
             self._versions = versions
-            self._graphs.clear()
+            self._forget()
         return self.network.prepare(context)
 
     def __call__(self, x: Tensor, time: TimeVectors, context: PreparedContext) -> Tensor:
@@ -176,6 +175,7 @@ class GraphedNetwork:
             graph, made = self._captured(lambda: evaluate(self.network, kept, still, held, *below))
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
+                self._forget()  # of other shapes, perhaps of an earlier run
                 raise
             self._failed = True
             reason = str(error).splitlines()[0]
@@ -186,14 +186,17 @@ class GraphedNetwork:
         logger.info("captured %d windows as a CUDA graph in %.1f s", len(made[0]), _now() - begin)
         return _Graph(graph, [kept, *below, *_tensors(held), *still.blocks], made)
 
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._pool = None
+
     def _captured(
         self, evaluate: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                evaluate()
+            evaluate()  # loads and chooses kernels
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Graphs are replayed one after another, so they may share what they work in.

@@ -18,8 +18,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_TOKENS = 8
 # What pays: heads * tokens vectors of at least this many times their number in width. Ours takes
 # time by vectors times width, projections by the width's square. benchmarks/token_attention.py
-# sweeps both ways; the GPU's number is estimated from the bandwidth of its first-level cache.
+# sweeps both ways.
 WIDTH_PER_VECTOR = {"cpu": 6, "cuda": 24}
+# In half precision a GPU's projections are so fast that more vectors than this never pay.
+MOST_VECTORS_IN_HALF = 4
 
 
 def token_attention(
@@ -111,16 +113,23 @@ def token_attention_reference(
     return y.to(x.dtype), z.to(x.dtype)
 
 
-def few_tokens(width: int, heads: int, tokens: int, device: str = "cpu") -> bool:
+def few_tokens(
+    width: int, heads: int, tokens: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> bool:
     """Whether `token_attention` is the faster way for so many tokens, not queries and keys.
 
     Args:
         width: C.
         heads, tokens: of the attention.
         device: the kind of device, "cpu" or "cuda".
+        dtype: of x.
     """
+    if tokens == 1:
+        return True
+    if device == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return heads * tokens <= MOST_VECTORS_IN_HALF
     least = WIDTH_PER_VECTOR.get(device, WIDTH_PER_VECTOR["cuda"])
-    return tokens == 1 or (tokens <= MAX_TOKENS and width >= least * heads * tokens)
+    return tokens <= MAX_TOKENS and width >= least * heads * tokens
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

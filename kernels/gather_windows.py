@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .window_lattice import on_device
 
-BLOCK = 2048  # values of some rows of one window that one program copies
+BLOCK = 1024  # values of some rows of one window that one program copies
 
 
 # Sizes of windows are constants, since a network has one or two: divisions by whole numbers that

@@ -15,9 +15,9 @@ from torch import Tensor
 CHUNK = 512  # positions whose sums one program makes
 COMBINED = 8  # chunks that are combined at once
 # Positions and channels of a tile: channels-last maps are contiguous along channels, others along
-# positions.
-TILES = {True: (128, 64), False: (256, 32)}
-WARPS = 8
+# positions. On an H200 64 channels-last maps of 192 channels and 64 x 64 take 0.121 ms in bfloat16
+# with 128 positions, 0.165 with 64 and 0.459 with 16.
+TILES = {True: (128, 64), False: (128, 16)}
 
 
 @triton.jit
@@ -187,17 +187,18 @@ def group_norm_silu_kernel(
         mean_ptr, rstd_ptr, params, n, c, channels, groups, c < channels
     )
     slope *= rstd
-    x_ptr += n * stride_xn
-    out_ptr += n * stride_on
-    for start in range(0, tl.minimum(CHUNK, positions - chunk * CHUNK), BLOCK_L):
-        position = chunk * CHUNK + start + tl.arange(0, BLOCK_L).to(tl.int64)
-        there = (position < positions)[:, None] & (c < channels)[None, :]
-        offsets = position[:, None] * stride_xl + c[None, :] * stride_xc
+    x_ptr += n * stride_xn + chunk * CHUNK * stride_xl
+    out_ptr += n * stride_on + chunk * CHUNK * stride_ol
+    rest = tl.minimum(CHUNK, positions - chunk * CHUNK)
+    for start in range(0, rest, BLOCK_L):
+        position = start + tl.arange(0, BLOCK_L)
+        there = (position < rest)[:, None] & (c < channels)[None, :]
+        offsets = (position.to(tl.int64) * stride_xl)[:, None] + (c * stride_xc)[None, :]
         x = tl.load(x_ptr + offsets, mask=there, other=0.0).to(slope.dtype)
         z = (x - center[None, :]) * slope[None, :] + offset[None, :]
         if SILU:
             z = z / (1.0 + tl.exp(-z))
-        to = position[:, None] * stride_ol + c[None, :] * stride_oc
+        to = (position.to(tl.int64) * stride_ol)[:, None] + (c * stride_oc)[None, :]
         tl.store(out_ptr + to, z.to(out_ptr.dtype.element_ty), mask=there)
 
 
@@ -232,7 +233,6 @@ def group_norm_statistics(
         CHUNK=CHUNK,
         BLOCK_L=block_l,
         BLOCK_C=block_c,
-        num_warps=WARPS,
     )
     group_norm_combine_kernel[(samples * groups,)](
         mean,
@@ -294,16 +294,15 @@ def group_norm_silu(
             CHUNK=CHUNK,
             BLOCK_L=block_l,
             BLOCK_C=block_c,
-            num_warps=WARPS,
         )
         if made.data_ptr() != out.data_ptr():
             out.copy_(made.reshape(x.shape))
     return out, mean, rstd
 
 
-def tile_of(maps: Tensor) -> tuple[int, int]:
+def tile_of(maps: Tensor, tiles: dict[bool, tuple[int, int]] = TILES) -> tuple[int, int]:
     """Positions and channels that a program of maps [N, C, L] takes at once."""
-    most, channels = TILES[maps.stride(1) == 1]
+    most, channels = tiles[maps.stride(1) == 1]
     return min(most, triton.next_power_of_2(maps.shape[2])), channels
 
 

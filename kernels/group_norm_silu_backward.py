@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .group_norm_silu import CHUNK, WARPS, all_contiguous, as_maps, line, locate, tile_of
+from .group_norm_silu import CHUNK, all_contiguous, as_maps, line, locate, tile_of
+
+TILES = {True: (64, 64), False: (64, 16)}  # larger ones spill registers
 
 
 @triton.jit
@@ -110,7 +112,7 @@ def group_norm_silu_backward(
     made = as_maps(grad_x)
     chunks = max(triton.cdiv(positions, CHUNK), 1)
     sums = mean.new_zeros((3, samples, chunks, channels))
-    block_l, block_c = tile_of(maps)
+    block_l, block_c = tile_of(maps, TILES)
     params = all_contiguous(weight, bias, add, scale, shift)
     mean, rstd = mean.contiguous(), rstd.contiguous()
 
@@ -125,7 +127,6 @@ def group_norm_silu_backward(
                 CHUNK=CHUNK,
                 BLOCK_L=block_l,
                 BLOCK_C=block_c,
-                num_warps=WARPS,
             )
 
     launch(mean, mean, True)

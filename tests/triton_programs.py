@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import torch
@@ -160,9 +163,10 @@ def compile_ahead() -> dict[str, str]:
         flags |= {"ROWS": gather_windows_kernels.BLOCK // 256, "BLOCK_J": 256}
         kernel = gather_windows_kernels.gather_windows_kernel
         cases.append((f"gather_windows {dtype}", kernel, {**gather, **types}, flags))
-    for dtype in ("fp32", "fp64"):
+    for kind, block_m in vq_nearest_kernels.BLOCK_M.items():
+        dtype = {torch.float32: "fp32", torch.float64: "fp64"}[kind]
         types = {f"{name}_ptr": f"*{dtype}" for name in ("z", "codes", "vectors")}
-        flags = {"WIDTH": 3, "BLOCK_M": 32, "BLOCK_K": 128}
+        flags = {"WIDTH": 3, "BLOCK_M": block_m, "BLOCK_K": vq_nearest_kernels.BLOCK_K}
         kernel = vq_nearest_kernels.vq_nearest_kernel
         cases.append((f"vq_nearest {dtype}", kernel, {**nearest, **types}, flags))
     grid = {"points_ptr": "*fp64", "valid_ptr": "*u8"}
@@ -182,18 +186,31 @@ def compile_ahead() -> dict[str, str]:
         cases.append((f"token_attention {keys} {dtype}", kernel, {**tokens, **types}, flags))
     cases += _norm_cases() + _map_cases()
     found = {}
-    for name, kernel, types, flags in cases:
+    for name, kernel, types, given in cases:
+        flags, options = dict(given), {"num_warps": given.get("num_warps", 4)}
+        flags.pop("num_warps", None)
         signature = {arg: types.get(arg, "constexpr") for arg in kernel.arg_names}
         source = triton.compiler.ASTSource(kernel, signature, constexprs=flags)
         # Every kernel for all architectures; its further dtypes and modes for the oldest.
         first = not any(key.startswith(f"{kernel.__name__} ") for key in found)
         for architecture in ARCHITECTURES if first else ARCHITECTURES[:1]:
-            made = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+            target = GPUTarget("cuda", architecture, 32)
+            made = triton.compile(source, target=target, options=options)
             key = f"{kernel.__name__} {name} sm_{architecture}"
-            found[key] = " ".join(sorted(made.asm))
+            found[key] = f"{' '.join(sorted(made.asm))}, {stack_bytes(made.asm['cubin'])} of stack"
         if first:
             found[f"{kernel.__name__} {name} of ones"] = _compile_for_ones(kernel, signature, flags)
     return found
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of memory that a thread uses where it has too few registers."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max(int(number) for number in re.findall(r"STACK:(\d+)", listed))
 
 
 def _compile_for_ones(kernel: Any, signature: dict[str, str], flags: dict[str, Any]) -> str:
@@ -217,18 +234,21 @@ def _norm_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     block_l, block_c = kernels.TILES[True]
     flags = {"CHUNK": kernels.CHUNK, "BLOCK_L": block_l, "BLOCK_C": block_c}
     combine = {"CHUNK": kernels.CHUNK, "BLOCK_K": kernels.COMBINED, "BLOCK_W": 8, "RSTD": True}
+    combine["num_warps"] = 1
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
     for dtype in ("fp32", "bf16"):
         types = {**sizes, **{f"{name}_ptr": "*fp32" for name in sums}}
         types |= {f"{name}_ptr": f"*{dtype}" for name in stored}
         silu = {**flags, "SILU": True}
+        block_l, block_c = backward_kernels.TILES[True]
+        back = {**silu, "BLOCK_L": block_l, "BLOCK_C": block_c}
         backward = backward_kernels.group_norm_silu_backward_kernel
         cases += [
             (f"statistics {dtype}", kernels.group_norm_statistics_kernel, types, flags),
             (f"combine {dtype}", kernels.group_norm_combine_kernel, types, combine),
             (f"forward {dtype}", kernels.group_norm_silu_kernel, types, silu),
-            (f"sums {dtype}", backward, types, {**silu, "REDUCE": True}),
-            (f"gradient {dtype}", backward, types, {**silu, "REDUCE": False}),
+            (f"sums {dtype}", backward, types, {**back, "REDUCE": True}),
+            (f"gradient {dtype}", backward, types, {**back, "REDUCE": False}),
         ]
     return cases
 
@@ -240,9 +260,11 @@ def _map_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     types |= {f"{name}_ptr": "*fp32" for name in exact}
     block = {"CHUNK": map_kernels.CHUNK, "BLOCK_C": map_kernels.BLOCK_C}
     combined = {"CHUNK": map_kernels.CHUNK, "BLOCK_K": map_kernels.COMBINED, "BLOCK_W": 8}
+    combined["num_warps"] = 1
     rows = {"BLOCK_M": 8, "BLOCK_C": 512}
     attention = {"BLOCK_M": 4, "BLOCK_C": 1024}
     tile = {"SILU": True, "BLOCK_L": map_kernels.CHUNK, "BLOCK_C": map_kernels.BLOCK_C}
+    tile["num_warps"] = map_kernels.NORM_WARPS
     cases: list[tuple[str, Any, dict[str, str], dict[str, Any]]] = []
     for dtype in ("bf16", "fp32"):
         stored = ("x", "other", "out", "weight", "bias")

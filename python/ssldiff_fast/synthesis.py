@@ -121,7 +121,7 @@ def synthesize(
             `stride` in latents, one number or (y, x); the interval (low, high) in t, 0 to 999.
         reuse: the network's lower levels are evaluated in every so many steps, and what they made
             is used in the steps between. Changes the result (docs/options.md says by how much);
-            for windows that stay, plain order, models on a CPU, images of a few thousand pixels.
+            for windows that stay, plain order, images of a few thousand pixels.
         decode_stride: distance between the reference decoder's tiles in latents, likewise.
         decoder: "reference" (the published overlapped tiles), "local" (each latent about once with
             the model's fixed statistics, or by tiles that overlap by half where it has none) or

@@ -9,7 +9,6 @@ process that writes squares of several sizes.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -65,24 +64,30 @@ def empty(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file() and path.stat().st_size:
             os.truncate(path, 0)
+    os.sync()  # what the disk owes to one round is not what the next one waits for
+
+
+def fullest(folder: Path) -> Path:
+    """The folder with the most files."""
+    return Path(max(os.walk(folder), key=lambda entry: len(entry[2]))[0])
 
 
 def speed(case: str, folder: Path, size: int, threads: int, rounds: int) -> dict[str, float]:
     """Megapixels per second of writer and codec, alternating, medians.
 
-    Of formats with a file for every tile also those of the codec with such files, which bound it.
+    Of formats with a file for every tile also those of the codec with such files, which bound it;
+    they are made in the folder of the writer's own, as a file may cost ten times as much in another
+    (see `empty`). They are not made durable, as the writer's are in its time.
     """
     name, options = CASES[case]
     folder = Path(tempfile.mkdtemp(dir=folder))
     band = texture(BAND_ROWS, size)
-    numbers = itertools.count()
 
-    def opened() -> Any:
-        fresh = folder / str(next(numbers))
+    def opened(fresh: Path) -> Any:
         fresh.mkdir()
         return open_writer(fresh / name, size, size, 0.5, threads=threads, **options)
 
-    probe = opened()
+    probe = opened(folder / "probe")
     sink, sizes = probe._sink, [level.size for level in probe._cascade.levels]
     side = sink.tile
     probe.abort()
@@ -94,22 +99,21 @@ def speed(case: str, folder: Path, size: int, threads: int, rounds: int) -> dict
         return sink.encode(0, tiles[number % len(tiles)])
 
     def filed(number: int) -> None:
-        (there / str(number)).write_bytes(encoded(number))
+        (there / f"alone {number}").write_bytes(encoded(number))
 
     of_pool = {"codec": encoded, "codec_and_files": filed}
     if not isinstance(sink, FolderSink):
         del of_pool["codec_and_files"]
     times: dict[str, list[float]] = {"writer": [], **{name: [] for name in of_pool}}
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(rounds):
+        for number in range(rounds):
             start = time.perf_counter()
-            write(opened(), band, size)
+            write(opened(folder / str(number)), band, size)
             times["writer"].append(time.perf_counter() - start)
+            there = fullest(folder / str(number))
             for baseline, work in of_pool.items():
-                there = folder / str(next(numbers))
-                there.mkdir()
                 start = time.perf_counter()
-                for future in [pool.submit(work, number) for number in range(count)]:
+                for future in [pool.submit(work, tile) for tile in range(count)]:
                     future.result()
                 times[baseline].append(time.perf_counter() - start)
             empty(folder)

@@ -59,9 +59,9 @@ class DziSink(FolderSink):
     def prepare(self) -> None:
         (self._part / "files").mkdir()
 
-    def tile_path(self, level: int, row: int, column: int) -> Path:
+    def tile_path(self, level: int, row: int, column: int) -> str:
         number = len(self._sizes) - 1 - level
-        return self._part / "files" / str(number) / f"{column}_{row}.{self.codec.name}"
+        return f"{self._part}/files/{number}/{column}_{row}.{self.codec.name}"
 
     def encode(self, level: int, pixels: Rows) -> bytes:
         return self.codec.encode(pixels, self.quality)

@@ -180,9 +180,9 @@ class OmeZarrSink(FolderSink):
         ]
         return {"channels": channels, "rdefs": {"model": "color"}}
 
-    def tile_path(self, level: int, row: int, column: int) -> Path:
+    def tile_path(self, level: int, row: int, column: int) -> str:
         key = self._names[level].encode_chunk_key((0, 0, 0, row, column))
-        return self._part / str(level) / key
+        return f"{self._part}/{level}/{key}"
 
     def encode(self, level: int, pixels: Rows) -> bytes:
         return bytes(self._encoder.encode(np.ascontiguousarray(pixels.transpose(2, 0, 1))))

@@ -203,8 +203,9 @@ class Plan:
             "mask": self.geometry.mask,
             "preset": dataclasses.asdict(self.preset),
             "decode": dataclasses.asdict(self.decode_settings),
+            "decoder_dtype": _precision(model.vae.decoder),
             "batch_size": self.batch_size,
-            "dtype": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
+            "dtype": _precision(model.unet),
             "compiled": model.execution == "compile",
             **self._glass_recipe(),
         }
@@ -366,6 +367,10 @@ def _widest(windows: WindowPlan | ShiftedWindows, steps: int) -> int:
     """Windows of a window row, at most."""
     plans = [windows] if isinstance(windows, WindowPlan) else map(windows, range(steps))
     return max(len(plan.origins_x) for plan in plans)
+
+
+def _precision(network: torch.nn.Module) -> str:
+    return str(next(network.parameters()).dtype).removeprefix("torch.")
 
 
 def _tiles_at_once(model: LatentDiffusion, batch_size: int) -> int:

@@ -124,17 +124,21 @@ def test_statistics_are_fixed_where_the_autoencoder_knows_some() -> None:
     assert kind(Convolutional(), window=(16, 16)) is LocalDecoder
 
 
+@pytest.mark.parametrize("part", ["all of it", "its decoder"])
 @pytest.mark.parametrize("kind", ["local", "own"])
-def test_a_first_stage_that_overflows_in_half_precision_is_run_again_in_float32(kind: str) -> None:
+def test_a_first_stage_that_overflows_in_half_precision_is_run_again_in_float32(
+    kind: str, part: str
+) -> None:
     narrow, wide = vq(), vq()
     for vae in (narrow, wide):  # maps of 1e5, where float16 ends at 65,504
         vae.decoder.conv_in.weight.data.mul_(5e4)
-    narrow.half()
+    (narrow if part == "all of it" else narrow.decoder).half()
     wide.load_state_dict(narrow.state_dict())
     known = statistics(wide) if kind == "local" else None
     options: dict[str, Any] = {"decoder": "local", "window": (16, 16), "statistics": known}
     with torch.no_grad():
-        alone = narrow.decode(latent()[None, :, :16, :16].half())
+        dtype = next(narrow.parameters()).dtype
+        alone = narrow.decode(latent()[None, :, :16, :16].to(dtype))
     assert not torch.isfinite(alone).all()
     expected = decode_image(wide, latent(), **options)
     assert np.array_equal(decode_image(narrow, latent(), **options), expected)
@@ -182,6 +186,21 @@ def opened(vae: VQModel, kind: str) -> Any:
     fixed = statistics(vae) if kind == "local" else None
     settings = DecodeSettings("local" if kind == "own" else kind, stride=8, tile=15)
     return open_decoder(vae, SIZE, settings, window=(16, 16), statistics=fixed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_of_half_precision_is_given_the_codes_of_float32(kind: str) -> None:
+    vae, narrow = vq(), vq()
+    narrow.decoder.bfloat16()
+    z = latent()[None]
+    with torch.no_grad():
+        exact = vae.decoder_input(vae.quantize(z)[0])
+        assert torch.equal(narrow.decoder_input(narrow.quantize(z)[0]), exact.bfloat16())
+    made, expected = (
+        np.concatenate(list(opened(model, kind).decode([latent()]))).astype(int)
+        for model in (narrow, vae)
+    )
+    assert 0 < np.abs(made - expected).mean() < 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -76,18 +76,19 @@ class Layerwise:
         self.vae = vae
         self.folder = folder
         self.attention_limit = attention_limit
-        self._like = next(vae.parameters())
+        self._like = next(vae.parameters())  # of its maps
 
     @torch.no_grad()
     def decode(self, latents: Source) -> Iterator[Tensor]:
         """Bands [1, 3, n, W * f] of the image of a latent [C, H, W], from top to bottom."""
         check_attention(latents.shape[1:], self.attention_limit, call="decode")
         decoder = self.vae.decoder
+        self._like = next(decoder.parameters())
 
         def codes(rows: Tensor) -> Tensor:
             if isinstance(self.vae, VQModel):
                 rows, _ = self.vae.quantize(rows)
-            return self.vae.post_quant_conv(rows)
+            return self.vae.decoder_input(rows)
 
         h: Source = self._store(_Mapped(latents, codes), decoder.conv_in)
         latents.close()
@@ -104,6 +105,7 @@ class Layerwise:
         size = image.shape[1] // factor, image.shape[2] // factor
         check_attention(size, self.attention_limit, call="encode")
         encoder = self.vae.encoder
+        self._like = next(encoder.parameters())
         h: Source = self._store(image, encoder.conv_in)
         image.close()
         for level in encoder.down:

@@ -78,7 +78,7 @@ class _Tiles(ABC):
         if all_finite(done):
             return done
         finite = torch.isfinite(done).flatten(1).all(1)
-        if self._parameter is not None and self._parameter.dtype != torch.float32:
+        if _is_narrow(self.vae):
             # float16 ends at 65,504, and first stages are known to pass it now and then.
             if self._wider is None:
                 self._wider = copy.deepcopy(self.vae).float()
@@ -103,6 +103,13 @@ class _Tiles(ABC):
         """Tiles where the autoencoder is, in its dtype."""
         parameter = self._parameter if vae is self.vae else next(vae.parameters())
         return tiles if parameter is None else tiles.to(parameter.device, parameter.dtype)
+
+
+def _is_narrow(vae: Any) -> bool:
+    """Whether some of an autoencoder computes in half precision."""
+    if not isinstance(vae, torch.nn.Module):
+        return False
+    return any(parameter.element_size() < 4 for parameter in vae.parameters())
 
 
 class TileDecoder(_Tiles):

@@ -56,6 +56,7 @@ class _Autoencoder(nn.Module):
 
     ddconfig: dict[str, Any]
     embed_dim: int
+    post_quant_conv: Projection
 
     def _build(self, ddconfig: Mapping[str, Any], embed_dim: int, *, double_z: bool) -> None:
         self.ddconfig = config = _complete(ddconfig, double_z=double_z)
@@ -79,6 +80,14 @@ class _Autoencoder(nn.Module):
     def downsample_factor(self) -> int:
         """Pixels per latent along one side: 4 for VQ-f4."""
         return 2 ** (len(self.ddconfig["ch_mult"]) - 1)
+
+    def decoder_input(
+        self,
+        z: Tensor,  # [B, embed_dim, h, w], quantised
+    ) -> Tensor:  # [B, z_channels, h, w] in the dtype of the decoder
+        """What the decoder makes an image of. It alone may be of half precision: of latents that
+        are, a twentieth have another nearest code."""
+        return self.post_quant_conv(z).to(self.decoder.conv_in.weight.dtype)
 
     def _check_image(self, x: Tensor) -> None:
         channels, factor = self.ddconfig["in_channels"], self.downsample_factor
@@ -171,7 +180,7 @@ class VQModel(_Autoencoder):
         self._check_latent(z)
         if quantize:
             z, _ = self.quantize(z)
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.decoder_input(z))
 
     def config(self) -> dict[str, Any]:
         """The arguments that make this model again."""
@@ -219,7 +228,7 @@ class AutoencoderKL(_Autoencoder):
         """Image of a latent. `quantize` has no meaning here; it keeps one signature for both."""
         del quantize
         self._check_latent(z)
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.decoder_input(z))
 
     def config(self) -> dict[str, Any]:
         """The arguments that make this model again."""

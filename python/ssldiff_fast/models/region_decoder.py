@@ -160,7 +160,7 @@ class StagedDecoder(nn.Module):
         """See `RegionDecoder`."""
         if isinstance(self.network, VQModel):
             z, _ = self.network.quantize(z)
-        h = self.network.post_quant_conv(z)
+        h = self.network.decoder_input(z)
         given: Intervals = (rows.read, columns.read)
         sizes = rows.size, columns.size
         kept = tuple((a * self.factor, b * self.factor) for a, b in (rows.tile, columns.tile))

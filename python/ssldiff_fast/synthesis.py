@@ -124,8 +124,8 @@ def synthesize(
             for windows that stay, plain order, images of a few thousand pixels.
         decode_stride: distance between the reference decoder's tiles in latents, likewise.
         decoder: "reference" (the published overlapped tiles), "local" (each latent about once with
-            the model's fixed statistics, or by tiles that overlap by half where it has none) or
-            "global" (the whole canvas at once), in place of the preset's.
+            the model's fixed statistics, or by tiles that overlap by half, in staggered rows,
+            where it has none) or "global" (the whole canvas at once), in place of the preset's.
         wrap: "x", "y" or "both" makes an image that is tileable along it.
         mask: leave out windows without tissue (cells of the grid that are not valid): they become
             plain glass, and cost nothing, nor does decoding them; within three quarters of a window

@@ -42,7 +42,8 @@ class WaitingRows:
         height = windows.window[0]
         tiles = 0
         if isinstance(decoder, OverlappedDecoder):
-            height, tiles = _band(decoder.plan), _window_rows(decoder.plan) * 4 * plan.factor**2
+            height = _band(decoder.plan)
+            tiles = _window_rows(decoder.tiles_of(0)) * 4 * plan.factor**2
         pixels = 2 * 3 * plan.size_px[0] * height * plan.factor
         return cls(steps * channels * (rows + outputs), 3 * tiles + pixels)
 

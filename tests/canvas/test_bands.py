@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssldiff_fast.canvas import WindowPlan, canvas_noise
-from ssldiff_fast.canvas.bands import RowBlend, blend_window_rows, micro_batches
+from ssldiff_fast.canvas.bands import RowBlend, blend_window_rows, even_parts, micro_batches
 from ssldiff_fast.canvas.wide import Memory
 from ssldiff_fast.ops import scatter_mean
 
@@ -114,3 +114,13 @@ def test_every_window_is_in_a_micro_batch_once_padding_aside() -> None:
             assert len({len(columns) for columns in batches}) == 1
             assert len(batches[0]) <= batch_size
             assert torch.cat(batches)[:count].tolist() == list(range(count))
+
+
+def test_parts_are_as_few_as_can_be_and_hold_every_column_once() -> None:
+    assert [list(part) for part in even_parts(range(11), 8)] == [[0, 1, 2, 3, 4], [*range(5, 11)]]
+    for count in range(40):
+        for most in range(1, 12):
+            parts = even_parts(range(count), most)
+            assert len(parts) == -(-count // most)
+            assert max(map(len, parts), default=0) - min(map(len, parts), default=0) <= 1
+            assert [column for part in parts for column in part] == list(range(count))

@@ -15,8 +15,9 @@ from golden_inputs import VQ_SMALL, fill
 from ssldiff_fast.canvas import canvas_noise, decode_image, decode_rows, open_decoder
 from ssldiff_fast.canvas.decode import DecodeSettings
 from ssldiff_fast.canvas.decode_local import LocalDecoder
-from ssldiff_fast.canvas.decode_overlapped import OverlappedDecoder
+from ssldiff_fast.canvas.decode_staggered import StaggeredDecoder
 from ssldiff_fast.canvas.tile_decoder import to_bytes
+from ssldiff_fast.canvas.wide import Memory
 from ssldiff_fast.models.autoencoder import AutoencoderKL, VQModel
 from ssldiff_fast.models.local_autoencoder import (
     local_autoencoder,
@@ -114,13 +115,13 @@ def test_statistics_are_fixed_where_the_autoencoder_knows_some() -> None:
     def kind(model: Any, fixed: bool | None = None, **options: Any) -> type:
         return type(open_decoder(model, (20, 24), DecodeSettings("local", fixed=fixed), **options))
 
-    assert kind(vae, window=(16, 16)) is OverlappedDecoder
+    assert kind(vae, window=(16, 16)) is StaggeredDecoder
     assert kind(vae, True, window=(16, 16)) is LocalDecoder
     assert kind(vae, window=(16, 16), statistics=statistics(vae)) is LocalDecoder
-    assert kind(model) is OverlappedDecoder
+    assert kind(model) is StaggeredDecoder
     model.set_statistics(known)
     assert kind(model) is LocalDecoder
-    assert kind(model, False) is OverlappedDecoder
+    assert kind(model, False) is StaggeredDecoder
     assert kind(Convolutional(), window=(16, 16)) is LocalDecoder
 
 
@@ -144,11 +145,70 @@ def test_a_first_stage_that_overflows_in_half_precision_is_run_again_in_float32(
     assert np.array_equal(decode_image(narrow, latent(), **options), expected)
 
 
-def test_windows_with_statistics_of_their_own_overlap_by_half() -> None:
+def test_windows_with_statistics_of_their_own_overlap_by_half_in_staggered_rows() -> None:
     decoder = open_decoder(vq(), (256, 250), DecodeSettings("local"), window=(64, 63))
-    assert isinstance(decoder, OverlappedDecoder)
-    assert decoder.plan.origins_y == (0, 32, 64, 96, 128, 160, 192)
-    assert decoder.plan.origins_x == (0, 32, 64, 96, 128, 160, 187)
+    assert isinstance(decoder, StaggeredDecoder)
+    for row in range(7):
+        tiles = decoder.tiles_of(row)
+        assert tiles.origins_y == (0, 32, 64, 96, 128, 160, 192)
+        shifted = (0, 16, 48, 80, 112, 144, 176, 187)
+        assert tiles.origins_x == ((0, 32, 64, 96, 128, 160, 187) if row % 2 else shifted)
+
+
+class Centred(torch.nn.Module):
+    """Decodes a tile by its own mean: two pixels a latent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = torch.nn.Conv2d(3, 3, 1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(
+            z - z.mean((1, 2, 3), keepdim=True), scale_factor=2.0
+        )
+
+
+def staggered_by_hand(latent: Tensor, window: int) -> Tensor:
+    """Each row of tiles blended, then the rows."""
+    network, (height, width) = Centred(), latent.shape[1:]
+    weight = torch.sin(torch.pi * (torch.arange(2 * window) + 0.5) / (2 * window))
+    total, norm = torch.zeros(3, 2 * height, 2 * width), torch.zeros(2 * height, 1)
+    tops = sorted({*range(0, height - window, window // 2), height - window})
+    for number, y in enumerate(tops):
+        row, across = torch.zeros(3, 2 * window, 2 * width), torch.zeros(2 * width)
+        shift = 0 if number % 2 else window // 4
+        for x in sorted({0, *range(shift, width - window, window // 2), width - window}):
+            tile = network.decode(latent[None, :, y : y + window, x : x + window])[0]
+            row[:, :, 2 * x : 2 * (x + window)] += tile * weight
+            across[2 * x : 2 * (x + window)] += weight
+        total[:, 2 * y : 2 * (y + window)] += row / across * weight[:, None]
+        norm[2 * y : 2 * (y + window)] += weight[:, None]
+    return total / norm
+
+
+class Pieces(Memory):
+    """Works on so many columns of tiles at once."""
+
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
+
+    def share(self, count: int, each: int) -> int:
+        return self._columns
+
+
+@pytest.mark.parametrize("size", [(45, 21), (16, 75), (33, 16), (16, 16)], ids=str)
+def test_staggered_rows_are_blended_by_themselves_and_then_together(size: tuple[int, int]) -> None:
+    canvas = canvas_noise(0, 3, *size) / 4
+    options: dict[str, Any] = {"decoder": "local", "fixed": False, "window": (16, 16)}
+    made = decode_image(Centred(), canvas, **options)
+    difference = made.astype(int) - to_bytes(staggered_by_hand(canvas, 16))
+    # Sums in another order, cut off to whole numbers.
+    assert np.abs(difference).max() <= 1
+    assert float((difference != 0).mean()) < 1e-3
+    for columns in (1, 2):
+        assert np.array_equal(
+            decode_image(Centred(), canvas, scratch=Pieces(columns), batch_size=3, **options), made
+        )
 
 
 def test_a_halo_that_is_one_too_small_shows() -> None:

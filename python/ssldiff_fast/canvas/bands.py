@@ -9,8 +9,9 @@ the bytes do not depend on how many.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,17 @@ def micro_batches(count: int, batch_size: int) -> list[Tensor]:
         torch.arange(group * size, (group + 1) * size).clamp(max=count - 1)
         for group in range(groups)
     ]
+
+
+def even_parts(columns: Sequence[int], most: int) -> list[Sequence[int]]:
+    """Columns in as few parts of up to `most` as there can be, whose sizes differ by one at most.
+
+    Unlike micro-batches they are not padded: an autoencoder's launches are kept for no shape.
+    """
+    count = len(columns)
+    parts = -(-count // most)
+    ends = [number * count // parts for number in range(parts + 1)] if parts else []
+    return [columns[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True)

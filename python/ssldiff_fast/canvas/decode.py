@@ -16,6 +16,7 @@ from ssldiff_fast._checks import check_choice, check_count, check_shape
 from ssldiff_fast.canvas.decode_global import GlobalDecoder
 from ssldiff_fast.canvas.decode_local import LocalDecoder
 from ssldiff_fast.canvas.decode_overlapped import OverlappedDecoder
+from ssldiff_fast.canvas.decode_staggered import StaggeredDecoder
 from ssldiff_fast.canvas.glass import Glass, GlassDecoder
 from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder
 from ssldiff_fast.canvas.wide import Memory, Where, folder_of, wide_rows
@@ -57,10 +58,9 @@ class DecodeSettings:
         fixed: how the local decoder comes by statistics. True: the same everywhere, for tiles of
             any size with the surroundings that they depend on; each latent is decoded about once.
             False: each window's own, for windows that overlap by half as the reference's do by
-            three quarters, blended by sine weights: of those that leave no line where windows end
-            they come nearest to it. None: fixed where the model was trained with some, or some are
-            given, or it has no norms; otherwise the windows' own, without which an autoencoder
-            trained on patches gives other colours.
+            three quarters (`StaggeredDecoder`). None: fixed where the model was trained with some,
+            or some are given, or it has no norms; otherwise the windows' own, without which an
+            autoencoder trained on patches gives other colours.
         tile: side of the local decoder's tiles, where statistics are fixed, in latents; None: two
             windows.
         batch_size: tiles of one call of the network, at most, or as many latents.
@@ -205,9 +205,8 @@ def _local(
     """The local decoder, with fixed statistics or the windows' own."""
     fixed = known is not None or not norm_names(tiles.vae)
     if not (fixed if chosen.fixed is None else chosen.fixed):
-        plan = WindowPlan.regular(*size, window, (-(-window[0] // 2), -(-window[1] // 2)))
-        return OverlappedDecoder(
-            tiles, plan, weights="sine", batch_size=chosen.batch_size, glass=glass, wide=wide
+        return StaggeredDecoder(
+            tiles, size, window, batch_size=chosen.batch_size, glass=glass, wide=wide
         )
     tile = chosen.tile or 2 * max(window)
     return LocalDecoder(

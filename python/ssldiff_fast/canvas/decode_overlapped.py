@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ssldiff_fast.canvas.bands import RowBlend, micro_batches
+from ssldiff_fast.canvas.bands import RowBlend, even_parts
 from ssldiff_fast.canvas.glass import Glass
 from ssldiff_fast.canvas.row_buffer import RowBuffer
 from ssldiff_fast.canvas.tile_decoder import Pixels, TileDecoder, to_bytes
@@ -60,6 +60,10 @@ class OverlappedDecoder:
         self._glass = glass
         self._wide = wide or Memory()
 
+    def tiles_of(self, number: int) -> WindowPlan:
+        """The tiles of row `number`; in other rows they may lie elsewhere."""
+        return self.plan
+
     def first_latent(self, row: int) -> int:
         """The first row of latents that the image is made of from row `row` of latents down."""
         return self.plan.origins_y[self._first_tile_row(row)]
@@ -83,14 +87,15 @@ class OverlappedDecoder:
         buffer = RowBuffer(bands, *sizes, begin=base, call=_CALL, wide=self._wide)
         blend: RowBlend | None = None
         skip = 0
-        with tqdm(total=len(plan), desc="decoding", unit="tile", disable=not progress) as bar:
+        counts = [len(self.tiles_of(first + row).origins_x) for row in range(len(plan.origins_y))]
+        with tqdm(total=sum(counts), desc="decoding", unit="tile", disable=not progress) as bar:
             for number, y in enumerate(plan.origins_y):
                 buffer.forget(base + y)
                 buffer.upto(base + y + plan.window[0])
                 tiles = self._row(buffer, first + number)
-                bar.update(len(tiles))
+                bar.update(counts[number])
                 if blend is None:
-                    factor = _factor(tiles, plan)
+                    factor = pixels_of_latent(tiles, plan)
                     blend = RowBlend(self._blended(plan, factor), self._wide)
                     skip = (begin - base) * factor
                 final = blend.push(tiles)
@@ -117,10 +122,11 @@ class OverlappedDecoder:
 
     def _row(self, buffer: RowBuffer, number: int) -> Tensor:
         """One row of tiles, decoded: [Q, 3, h * f, w * f] fp32."""
-        top, (h, w) = self.plan.origins_y[number], self.plan.window
+        plan = self.tiles_of(number)
+        top, (h, w) = plan.origins_y[number], plan.window
         wanted, made = self._wanted(buffer, number)
-        for batch in micro_batches(len(wanted), self._batch_size):
-            origins = [self.plan.origins_x[wanted[at]] for at in batch.tolist()]
+        for columns in even_parts(wanted, self._batch_size):
+            origins = [plan.origins_x[column] for column in columns]
             left = origins[0]
             latents = buffer.read(top, top + h, range(left, origins[-1] + w))
             crops = torch.stack([latents[:, :, x - left : x - left + w] for x in origins])
@@ -129,8 +135,7 @@ class OverlappedDecoder:
                 tiles = self._glass.balanced(tiles)
             if made is None:
                 made = self._wide.empty(len(wanted), *tiles.shape[1:], like=tiles)
-            first = int(batch[0])
-            for column, tile in zip(wanted[first : first + len(batch)], tiles):
+            for column, tile in zip(columns, tiles):
                 made[column] = tile
             self._wide.release(made)
         assert made is not None
@@ -138,13 +143,14 @@ class OverlappedDecoder:
 
     def _wanted(self, buffer: RowBuffer, number: int) -> tuple[Sequence[int], Tensor | None]:
         """Columns of the tiles that are decoded, and the row of tiles where others are plain."""
-        count, glass = len(self.plan.origins_x), self._glass
+        plan, glass = self.tiles_of(number), self._glass
+        count = len(plan.origins_x)
         if glass is None:
             return range(count), None
-        columns = glass.mask.columns(self.plan, number).tolist()
+        columns = glass.mask.columns(plan, number).tolist()
         if len(columns) == count:
             return columns, None
-        h, w = (side * glass.factor for side in self.plan.window)
+        h, w = (side * glass.factor for side in plan.window)
         made = self._wide.empty(count, 3, h, w, like=buffer.held[0])
         for tile in made:
             tile.fill_(glass.value)
@@ -159,7 +165,8 @@ def _below(plan: WindowPlan, first: int) -> WindowPlan:
     return dataclasses.replace(plan, height=plan.height - base, origins_y=origins)
 
 
-def _factor(decoded: Tensor, plan: WindowPlan) -> int:
+def pixels_of_latent(decoded: Tensor, plan: WindowPlan) -> int:
+    """Along one side, by decoded tiles [..., h * f, w * f]."""
     height, width = decoded.shape[-2:]
     factor = int(height) // plan.window[0]
     if (height, width) != (plan.window[0] * factor, plan.window[1] * factor) or factor < 1:

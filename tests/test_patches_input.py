@@ -54,7 +54,7 @@ def empty(model: LatentDiffusion) -> Grid:
             ValueError,
             "the preset's reuse is 2, but that is for large images",
         ),
-        ({"device": "cpu"}, ValueError, "device, dtype and execution are for a model that is"),
+        ({"device": "cpu"}, ValueError, "device, dtype, decoder_dtype and execution are for a"),
         ({"grid": with_nan}, ValueError, "NaN or infinity in 1 cell"),
         ({"grid": empty}, ValueError, "no valid cell"),
         ({"grid": lambda model: "nowhere.h5"}, FileNotFoundError, "nowhere.h5"),

@@ -109,6 +109,10 @@ def test_a_saved_model_and_grid_make_what_the_loaded_ones_make(
         tmp_path / "tiny", tmp_path / "grid.h5", tmp_path / "b.png", steps=2, progress=False
     )
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    again = [tmp_path / "tiny", tmp_path / "grid.h5", tmp_path / "c.png"]
+    made = sf.synthesize(*again, steps=2, progress=False, decoder_dtype="bfloat16")
+    assert made.recipe["decoder_dtype"] == "bfloat16"
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "c.png").read_bytes()
 
 
 def test_cells_without_tissue_are_given_the_embedding_of_glass(model: LatentDiffusion) -> None:
@@ -275,6 +279,7 @@ def test_the_command_writes_the_image_and_says_so(
         (["grid.h5", "--preset", "slow"], "slow"),
         (["grid.h5", "--device", "abacus"], "abacus"),
         (["grid.h5", "--dtype", "float1"], "float1"),
+        (["grid.h5", "--decoder-dtype", "auto"], "decoder_dtype is 'auto'"),
         (["grid.h5", "--model", "he-dema"], "he-dema"),
     ],
 )

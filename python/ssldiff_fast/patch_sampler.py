@@ -25,7 +25,7 @@ from ssldiff_fast.slides.patch_files import (
     Patch,
 )
 from ssldiff_fast.slides.slide import RGB
-from ssldiff_fast.synthesis_inputs import grid_hash
+from ssldiff_fast.synthesis_inputs import grid_hash, precision_of
 from ssldiff_fast.synthesis_plan import CPU_TILES, digest
 
 
@@ -89,7 +89,8 @@ class PatchSampler:
             **{name: getattr(preset, name) for name in settings},
             "batch_size": self.batch_size,
             "decode_batch_size": self._decoded,
-            "dtype": str(next(model.unet.parameters()).dtype).removeprefix("torch."),
+            "dtype": precision_of(model.unet),
+            "decoder_dtype": precision_of(model.vae.decoder),
             "compiled": model.execution == "compile",
         }
 

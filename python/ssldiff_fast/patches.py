@@ -75,6 +75,7 @@ def synthesize_patches(
     quality: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    decoder_dtype: str | None = None,
     execution: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -104,8 +105,8 @@ def synthesize_patches(
         format: "png", "jpeg", or "shards": tar files of 1,000 PNGs, each with its JSON beside,
             as WebDataset reads them.
         quality: of JPEG, 90 by default.
-        device, dtype, execution: for a model that is loaded here, as `sf.load` takes them; load it
-            yourself for anything else.
+        device, dtype, decoder_dtype, execution: for a model that is loaded here, as `sf.load` takes
+            them; load it yourself for anything else.
         overwrite: make all patches anew.
         progress: show progress with the time that remains.
 
@@ -132,7 +133,7 @@ def synthesize_patches(
     all_seeds = range(check_seed(seed), check_seed(seed) + check_count("seeds", seeds, call=call))
     check_seed(all_seeds[-1])
     cells = opened_grid(grid)
-    loaded = loaded_model(model, device, dtype, execution)
+    loaded = loaded_model(model, device, dtype, decoder_dtype, execution)
     cells.check_for(wanted_grid(loaded, cells))
     sampler = PatchSampler(loaded, cells, chosen, batch_size)
     if format == "jpeg" and quality is None:

@@ -98,6 +98,7 @@ def synthesize(
     quality: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    decoder_dtype: str | None = None,
     execution: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -138,8 +139,8 @@ def synthesize(
             fastest that fits into memory, by a short measurement before the run starts. On a GPU a
             number that does not fit is halved until it does, before the run starts.
         format, georeference, codec, quality: of the file, as for `slides.open_writer`.
-        device, dtype, execution: for a model that is loaded here, as `sf.load` takes them; load it
-            yourself for anything else.
+        device, dtype, decoder_dtype, execution: for a model that is loaded here, as `sf.load` takes
+            them; load it yourself for anything else.
         overwrite: replace an existing file.
         progress: show progress with the time that remains.
         state: a folder that keeps the run: after a kill or Ctrl-C the same call goes on and ends
@@ -178,7 +179,7 @@ def synthesize(
     if preview is not None:
         check_output(preview, overwrite=True)
     cells = opened_grid(grid)
-    loaded = loaded_model(model, device, dtype, execution)
+    loaded = loaded_model(model, device, dtype, decoder_dtype, execution)
     cells.check_for(wanted_grid(loaded, cells))
     geometry = Geometry(stride, decode_stride, decoder, wrap, mask)
     if batch_size == "auto":

@@ -31,13 +31,14 @@ def loaded_model(
     model: LatentDiffusion | str | os.PathLike[str],
     device: str | None,
     dtype: str | None,
+    decoder_dtype: str | None,
     execution: str | None,
 ) -> LatentDiffusion:
     if isinstance(model, LatentDiffusion):
-        if any(option is not None for option in (device, dtype, execution)):
+        if any(option is not None for option in (device, dtype, decoder_dtype, execution)):
             raise ValueError(
-                "synthesize: device, dtype and execution are for a model that is loaded here, but "
-                "a loaded one was given; pass them to sf.load instead."
+                "synthesize: device, dtype, decoder_dtype and execution are for a model that is "
+                "loaded here, but a loaded one was given; pass them to sf.load instead."
             )
         return model
     from ssldiff_fast.models.load import load
@@ -46,8 +47,14 @@ def loaded_model(
         model,
         device=device or "cpu",
         dtype=dtype or "float32",
+        decoder_dtype=decoder_dtype or "float32",
         execution=execution or "auto",
     )
+
+
+def precision_of(network: torch.nn.Module) -> str:
+    """The dtype of its parameters, as a recipe holds it."""
+    return str(next(network.parameters()).dtype).removeprefix("torch.")
 
 
 def wanted_grid(model: LatentDiffusion, grid: Grid) -> EncoderSpec | dict[str, int]:

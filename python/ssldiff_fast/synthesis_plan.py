@@ -36,7 +36,12 @@ from ssldiff_fast.ops import philox_normal
 from ssldiff_fast.ops.window_plan import WindowPlan, window_strides
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.pixel_band import PixelBand
-from ssldiff_fast.synthesis_inputs import background_filled, glass_latent, grid_hash
+from ssldiff_fast.synthesis_inputs import (
+    background_filled,
+    glass_latent,
+    grid_hash,
+    precision_of,
+)
 
 # Tiles decoded at once on a CPU: 24 a second and core of the bundled model, against 16 at 16, whose
 # feature maps leave the caches and are mapped anew by the allocator for every layer.
@@ -203,9 +208,9 @@ class Plan:
             "mask": self.geometry.mask,
             "preset": dataclasses.asdict(self.preset),
             "decode": dataclasses.asdict(self.decode_settings),
-            "decoder_dtype": _precision(model.vae.decoder),
+            "decoder_dtype": precision_of(model.vae.decoder),
             "batch_size": self.batch_size,
-            "dtype": _precision(model.unet),
+            "dtype": precision_of(model.unet),
             "compiled": model.execution == "compile",
             **self._glass_recipe(),
         }
@@ -367,10 +372,6 @@ def _widest(windows: WindowPlan | ShiftedWindows, steps: int) -> int:
     """Windows of a window row, at most."""
     plans = [windows] if isinstance(windows, WindowPlan) else map(windows, range(steps))
     return max(len(plan.origins_x) for plan in plans)
-
-
-def _precision(network: torch.nn.Module) -> str:
-    return str(next(network.parameters()).dtype).removeprefix("torch.")
 
 
 def _tiles_at_once(model: LatentDiffusion, batch_size: int) -> int:

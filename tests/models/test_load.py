@@ -173,6 +173,16 @@ def test_a_model_carries_its_encoder(tmp_path: Path) -> None:
     assert tokens.shape == (2, 1, 16)
 
 
+def test_the_decoder_alone_may_be_of_half_precision(tmp_path: Path) -> None:
+    folder = small_model().save_pretrained(tmp_path / "model")
+    vae = load(folder, decoder_dtype="bfloat16").vae
+    assert {p.dtype for p in vae.decoder.parameters()} == {torch.bfloat16}
+    others = [p for name, p in vae.named_parameters() if not name.startswith("decoder.")]
+    assert {p.dtype for p in others} == {torch.float32}
+    with pytest.raises(ValueError, match="decoder_dtype is 'auto', expected one of float32"):
+        load(folder, decoder_dtype="auto")
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_an_encoder_is_recognised_in_whatever_precision_it_was_saved(
     tmp_path: Path, dtype: str

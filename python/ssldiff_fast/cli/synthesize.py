@@ -91,6 +91,12 @@ class BatchSize(click.IntRange):
     help="Of the network: float32, bfloat16, float16, or auto for the faster by measurement.",
 )
 @click.option(
+    "--decoder-dtype",
+    default="float32",
+    show_default=True,
+    help="Of the autoencoder's decoder: float32, bfloat16 or float16.",
+)
+@click.option(
     "--execution",
     default="auto",
     show_default=True,
@@ -140,6 +146,7 @@ def command(
     quality: int | None,
     device: str,
     dtype: str,
+    decoder_dtype: str,
     execution: str,
     state: Path | None,
     no_state: bool,
@@ -188,6 +195,7 @@ def command(
             quality=quality,
             device=device,
             dtype=dtype,
+            decoder_dtype=decoder_dtype,
             execution=execution,
             overwrite=overwrite,
         )
@@ -220,6 +228,7 @@ def command(
         quality=quality,
         device=device,
         dtype=dtype,
+        decoder_dtype=decoder_dtype,
         execution=execution,
         state=None if no_state else state or out.with_name(f"{out.name}.state"),
         resume=resume,

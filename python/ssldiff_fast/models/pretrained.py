@@ -36,7 +36,7 @@ _ALWAYS_FULL = ("first_stage_model.quantize.embedding.weight", STATISTICS_PREFIX
 _NEVER_BFLOAT16 = ENCODER_PREFIX
 
 
-def parse_dtype(dtype: torch.dtype | str, *, call: str) -> torch.dtype:
+def parse_dtype(dtype: torch.dtype | str, *, call: str, argument: str = "dtype") -> torch.dtype:
     """A floating dtype by its name.
 
     Raises:
@@ -44,8 +44,8 @@ def parse_dtype(dtype: torch.dtype | str, *, call: str) -> torch.dtype:
     """
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        names = [*DTYPES, "auto"] if call == "load" else list(DTYPES)
-        raise ValueError(f"{call}: dtype is {name!r}, expected one of {', '.join(names)}.")
+        names = [*DTYPES, "auto"] if (call, argument) == ("load", "dtype") else list(DTYPES)
+        raise ValueError(f"{call}: {argument} is {name!r}, expected one of {', '.join(names)}.")
     return DTYPES[name]
 
 

@@ -49,6 +49,7 @@ from ssldiff_fast.models.region_decoder import region_decoder
 from ssldiff_fast.ops import WindowPlan
 from ssldiff_fast.ops.window_plan import gaussian
 from ssldiff_fast.slides.reader import open_slide
+from ssldiff_fast.synthesis_plan import CPU_TILES
 from tiled_decode import HAS_DIFFUSERS, step, tiled_decoder
 from timing import peak_megabytes
 
@@ -86,6 +87,11 @@ def published(vae: Any, canvas: Tensor, scale: float, plan: WindowPlan) -> Itera
     yield to_bytes(total / weights)
 
 
+def settings(decoder: str = "reference", **options: Any) -> DecodeSettings:
+    """With as many tiles at once as a synthesis takes on a CPU."""
+    return DecodeSettings(decoder, batch_size=CPU_TILES, **options)
+
+
 def ways(model: LatentDiffusion, size: tuple[int, int]) -> dict[str, Way]:
     """All decodes by name."""
     window = model.window
@@ -96,9 +102,9 @@ def ways(model: LatentDiffusion, size: tuple[int, int]) -> dict[str, Way]:
         return WindowPlan.regular(*of, window, stride)
 
     def ours(
-        settings: DecodeSettings, model: LatentDiffusion = model
+        chosen: DecodeSettings, model: LatentDiffusion = model
     ) -> Callable[[Tensor], Iterator[np.ndarray]]:
-        return lambda canvas: open_decoder(model, _size(canvas), settings).decode([canvas])
+        return lambda canvas: open_decoder(model, _size(canvas), chosen).decode([canvas])
 
     @torch.no_grad()
     def by_diffusers(canvas: Tensor) -> Iterator[np.ndarray]:
@@ -109,20 +115,20 @@ def ways(model: LatentDiffusion, size: tuple[int, int]) -> dict[str, Way]:
 
     made = {
         PUBLISHED: Way(by_notebook, plan(quarter).origins_y),
-        "reference": Way(ours(DecodeSettings()), plan(quarter).origins_y),
+        "reference": Way(ours(settings()), plan(quarter).origins_y),
     }
-    local = DecodeSettings("local", fixed=False)
+    local = settings("local", fixed=False)
     begins = plan(window[0] // 2).origins_y, window[0], plan(quarter).origins_x
     made[OWN] = Way(ours(local), *begins)
     narrow = copy.deepcopy(model)
     narrow.vae.decoder.bfloat16()
     made[NARROW] = Way(ours(local, narrow), *begins)
     stride = get_preset("fast").decode_stride(window)[0]
-    settings = DecodeSettings(stride=stride, weights="hann")
-    made["preset fast"] = Way(ours(settings), plan(stride).origins_y, window[0])
+    fast = settings(stride=stride, weights="hann")
+    made["preset fast"] = Way(ours(fast), plan(stride).origins_y, window[0])
     tiles = tuple(range(0, size[0], 2 * window[0]))
-    made[FIXED] = Way(ours(DecodeSettings("local", fixed=True)), tiles)
-    made["global"] = Way(ours(DecodeSettings("global")), tuple(range(0, size[0], window[0])))
+    made[FIXED] = Way(ours(settings("local", fixed=True)), tiles)
+    made["global"] = Way(ours(settings("global")), tuple(range(0, size[0], window[0])))
     tiles = tuple(range(0, size[0], step(window[0])))
     made[TILED] = Way(by_diffusers, tiles, window[0])
     return made

@@ -53,7 +53,9 @@ from ssldiff_fast.synthesis_plan import CPU_TILES
 from tiled_decode import HAS_DIFFUSERS, step, tiled_decoder
 from timing import peak_megabytes
 
-ROUNDS, SECONDS = 3, 8.0  # of one decoder; the last round is the one that passes the time
+# Of one decoder; the last round is the one that passes the time, but for the baseline, which varies
+# as much as the others.
+ROUNDS, SECONDS = 3, 8.0
 PUBLISHED, TILED = "published", "diffusers, tiled"
 OWN, FIXED = "local, own statistics", "local, fixed statistics"
 NARROW = f"{OWN}, bfloat16"
@@ -173,7 +175,7 @@ def timed(
         list(way.bands(canvas[:, : canvas.shape[1] // 3, : canvas.shape[2] // 3]))
     for round_ in range(ROUNDS):
         for name, way in found.items():
-            if sum(seconds[name]) >= SECONDS:
+            if sum(seconds[name]) >= SECONDS and name != PUBLISHED:
                 continue
 
             def once(name: str = name, way: Way = way) -> None:

@@ -205,6 +205,8 @@ def published_size(window: int = 64) -> dict[str, Any]:
     """Milliseconds for each latent in the middle of a large canvas, and how many times faster."""
     torch.manual_seed(0)
     vae = VQModel(ddconfig=VQ_F4, n_embed=8192, embed_dim=3).eval()
+    narrow = copy.deepcopy(vae)
+    narrow.decoder.bfloat16()
     codes = vae.quantize.embedding.weight
     z = codes[torch.randint(len(codes), (4 * window, 4 * window))].permute(2, 0, 1)[None]
     tile = z[:, :, :window, :window]
@@ -217,6 +219,7 @@ def published_size(window: int = 64) -> dict[str, Any]:
         PUBLISHED: (lambda: published_decode(vae, tile), (window // 4) ** 2),
         "reference": (lambda: vae.decode(tile), (window // 4) ** 2),
         OWN: (lambda: vae.decode(tile), (window // 2) ** 2),
+        NARROW: (lambda: narrow.decode(tile), (window // 2) ** 2),
         FIXED: (lambda: regions.decode(region, rows=rows, columns=columns), 4 * window**2),
     }
     watch = stopwatch("cpu")

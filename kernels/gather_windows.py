@@ -50,7 +50,7 @@ def gather_windows_kernel(
     row = tl.where(row < period, row, row - period)
     column = tl.load(origins_ptr + 2 * n + 1) + v
     column = tl.where(column < width, column, column - width)
-    at = (row * stride_y)[:, None] + (column * stride_x + c * stride_c)[None, :]
+    at = (row * stride_y)[:, None] + (column * stride_x + c.to(tl.int64) * stride_c)[None, :]
     there = (u < HEIGHT)[:, None] & (j < LINE)[None, :]
     value = tl.load(canvas_ptr + at, mask=there, other=0.0)
     to = windows_ptr + (n * PLANES + plane) * (HEIGHT * LINE) + u[:, None] * LINE + j[None, :]

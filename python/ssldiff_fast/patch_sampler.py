@@ -163,7 +163,7 @@ class PatchSampler:
         finite = torch.isfinite(values).flatten(1).all(1)
         if not bool(finite.all()):
             patch = patches[int((~finite).nonzero()[0])]
-            dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
+            dtype = precision_of(network)
             raise RuntimeError(
                 f"synthesize_patches: the {what} of {patch.name} became NaN or infinite in "
                 f"{dtype}; use float32, or check the model's weights and the grid."

@@ -153,6 +153,23 @@ def test_where_no_graph_can_be_captured_the_log_says_why(
     assert "no CUDA graph could be captured (operation not permitted" in caplog.text
 
 
+def test_a_lack_of_memory_that_an_operator_met_is_no_failure_of_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or all that follows, with fewer windows, would be called layer by layer."""
+    unet = UNet(**SMALL)
+    graphed = GraphedNetwork(unet, unet)
+
+    def lacking(evaluate: Any) -> Any:
+        raise RuntimeError('torch_call_dispatcher( "aten::new_empty", "", stack) API call failed')
+
+    monkeypatch.setattr(graphed, "_captured", lacking)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(RuntimeError, match="API call failed"):
+        evaluated(graphed)
+    assert not graphed._failed
+
+
 class Greedy:
     """A network that runs out of memory where more windows than it has room for are captured."""
 

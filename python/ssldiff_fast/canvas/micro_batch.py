@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
-from ssldiff_fast.canvas.trial import evaluate, is_out_of_memory
+from ssldiff_fast.canvas.trial import evaluate
+from ssldiff_fast.models.execution import is_out_of_memory
 
 if TYPE_CHECKING:
     from ssldiff_fast.models.ldm import LatentDiffusion

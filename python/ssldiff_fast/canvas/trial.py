@@ -14,6 +14,7 @@ import torch
 from ssldiff_fast.canvas.decode import DecodeSettings, open_decoder
 from ssldiff_fast.canvas.ldm_denoiser import LDMDenoiser
 from ssldiff_fast.canvas.tile_decoder import TileDecoder
+from ssldiff_fast.models.execution import is_out_of_memory
 from ssldiff_fast.models.ldm import LatentDiffusion
 
 logger = logging.getLogger(__name__)
@@ -21,15 +22,6 @@ logger = logging.getLogger(__name__)
 # Where a trial is made. The CPU's allocator promises memory that is not there, so none fails.
 TRIED = ("cuda",)
 _T = 500.0
-# The last is what is left of it where one of our compiled operators allocates.
-_SIGNS = ("not enough memory", "out of memory", "ALLOC_FAILED", '"aten::new_empty"')
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a device, its libraries or the allocator of the CPU had too little memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return any(sign in str(error) for sign in _SIGNS)
 
 
 def fitting(what: str, size: int, trial: Callable[[int], object], *, most: int) -> int:

@@ -23,6 +23,16 @@ logger = logging.getLogger(__name__)
 EXECUTIONS = ("auto", "eager", "graph", "compile")
 Evaluate: TypeAlias = Callable[..., tuple[Tensor, ...]]  # (network, windows, times, context, ...)
 
+# The last is what is left of it where one of our compiled operators allocates.
+_SIGNS = ("not enough memory", "out of memory", "ALLOC_FAILED", '"aten::new_empty"')
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device, its libraries or the allocator of the CPU had too little memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(sign in str(error) for sign in _SIGNS)
+
 
 class Network(Protocol):
     """A U-Net for inference, with all that does not depend on the windows prepared."""
@@ -174,7 +184,7 @@ class GraphedNetwork:
         try:
             graph, made = self._captured(lambda: evaluate(self.network, kept, still, held, *below))
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 self._forget()  # of other shapes, perhaps of an earlier run
                 raise
             self._failed = True
@@ -242,7 +252,7 @@ class CompiledUNet:
         try:
             out = self._compiled(x, time, context)
         except Exception as error:  # whatever a compiler, or what it calls, raises
-            if isinstance(error, torch.OutOfMemoryError | KeyboardInterrupt):
+            if is_out_of_memory(error):
                 raise
             self._compiled = None
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -24,9 +24,9 @@ from .tile_sink import TileSink
 
 # Neighbouring tiles of one task, at most: what is done once for all of them is a turn that Python's
 # threads take once.
-_TASK_TILES = 8
+_TASK_TILES = 4
 # Tasks begun and not yet written, for each thread: enough that none waits for its turn.
-_TASKS_PER_THREAD = 4
+_TASKS_PER_THREAD = 2
 
 
 class Cascade:

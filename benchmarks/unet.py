@@ -161,6 +161,7 @@ def measure(pairs: Pairs, size: str, rounds: int, compile_b2: bool) -> dict[str,
     if pairs.device == "cuda":
         figures["reuse"] = unet_on_gpu.reuse(pairs, rounds)
         figures["breakdown"] = unet_on_gpu.kinds_of_kernels(pairs)
+        figures["prefix_by_kind"] = unet_on_gpu.prefix_by_kind(pairs)
     else:
         figures["breakdown"] = unet_on_cpu.kinds_of_layers(pairs)
     return figures

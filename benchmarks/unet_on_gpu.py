@@ -37,6 +37,7 @@ KINDS = {
 # parts that were measured alone, on an H100 or an H200, or by the arithmetic saved.
 PREDICTED = {
     "fused maps": 1.59,
+    "the shared prefix": 1.04,
     "the transposed convolution": 1.05,
     "wide heads by products": 1.1,
     "softmax in place": 1.006,
@@ -131,16 +132,30 @@ def _is_square(conv: nn.Conv2d) -> bool:
 
 def kinds_of_kernels(pairs: Pairs) -> dict[str, float]:
     """Share of the GPU's time by kind of kernel."""
+    spent = _microseconds(pairs)
+    whole = sum(spent.values())
+    return {kind: round(own / whole, 3) for kind, own in spent.items()}
+
+
+def prefix_by_kind(pairs: Pairs) -> dict[str, float]:
+    """How many times longer each kind of kernel takes where guided pairs share no prefix: where
+    the whole is no longer, what the prefix saves shows here, and what loses that again."""
+    shared, apart = _microseconds(pairs), _microseconds(pairs, repeat=2)
+    return {kind: round(apart[kind] / own, 3) for kind, own in shared.items() if own}
+
+
+def _microseconds(pairs: Pairs, repeat: int = 1) -> dict[str, float]:
+    """Of an evaluation on a GPU by kind of kernel; the windows come `repeat` times."""
     eager = FusedUNet(pairs.last)
     context, time = eager.prepare(pairs.context), eager.prepare_time(pairs.t[0])
-    eager(pairs.x, time, context)
+    x = pairs.x.repeat(repeat, 1, 1, 1)
+    eager(x, time, context)
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        eager(pairs.x, time, context)
+        eager(x, time, context)
         torch.cuda.synchronize()
     spent = dict.fromkeys([*KINDS, "all else"], 0.0)
     for event in found.key_averages():
         named = (kind for kind, words in KINDS.items() if any(w in event.key for w in words))
         spent[next(named, "all else")] += event.self_device_time_total
-    whole = sum(spent.values())
-    return {kind: round(microseconds / whole, 3) for kind, microseconds in spent.items()}
+    return spent

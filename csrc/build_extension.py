@@ -15,6 +15,7 @@ Environment variables, read here and nowhere else:
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -41,6 +42,8 @@ CPU_SOURCES = [
 ]
 CUDA_SOURCES = sorted(f"csrc/cuda/{p.name}" for p in (ROOT / "csrc/cuda").glob("*.cu"))
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h"))
+# What both libraries must have been built from to work together.
+COMMON = ["csrc/library.cpp", *CUDA_SOURCES, *(h for h in HEADERS if "/cpu/" not in h)]
 # No contraction into fused multiply-adds: every instruction set then gives the same bits.
 CXX_FLAGS = [
     "-O3",
@@ -68,6 +71,14 @@ class BuildError(SystemExit):
 
     def __init__(self, sentence: str) -> None:
         super().__init__(f"ssldiff_fast: {sentence}")
+
+
+def common_sources() -> str:
+    """A name for the present text of `COMMON`."""
+    digest = hashlib.sha256()
+    for source in COMMON:
+        digest.update((ROOT / source).read_bytes())
+    return f"s{digest.hexdigest()[:16]}"
 
 
 def find_torch() -> tuple[Path, str, str | None]:
@@ -174,6 +185,7 @@ class BuildOperators(build_ext):
                 "torch": torch_version,
                 "torch_target": ".".join(map(str, TORCH_TARGET)),
                 "cuda": cuda_note,
+                "sources": common_sources(),
                 "machine": platform.machine(),
             }
             define = f"-DSSLDIFF_BUILD_INFO={json.dumps(json.dumps(info))}"
@@ -181,7 +193,8 @@ class BuildOperators(build_ext):
             compile_one = [*cxx, *CXX_FLAGS, *extra, define, *shared]
         else:
             assert nvcc is not None
-            compile_one = [nvcc, *NVCC_FLAGS, *_arch_flags(), "-DUSE_CUDA", *shared]
+            defines = ["-DUSE_CUDA", f"-DSSLDIFF_SOURCES={common_sources()}"]
+            compile_one = [nvcc, *NVCC_FLAGS, *_arch_flags(), *defines, *shared]
 
         def compile_source(source: str) -> str:
             made = objects / (source.replace("/", "_") + ".o")

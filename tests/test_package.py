@@ -90,6 +90,31 @@ def test_operators_older_than_the_python_code_are_one_sentence(tmp_path: Path) -
     assert "make build" in said
 
 
+@pytest.mark.skipif(_C.CUDA_PROBLEM is not None, reason="there are no CUDA operators")
+def test_cuda_operators_of_other_sources_are_not_loaded(tmp_path: Path) -> None:
+    sources = _C.build_info()["sources"].encode()
+    for device in ("cpu", "cuda"):
+        path = _C.library_path(device)
+        built = path.read_bytes()
+        if device == "cuda":
+            assert built.count(sources) == 1
+            built = built.replace(sources, sources[::-1])
+        (tmp_path / path.name).write_bytes(built)
+    code = (
+        "from ssldiff_fast import _C, ops; print(_C.CUDA_PROBLEM);"
+        "ops.philox_normal(0, 1, (0, 1), 1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SSLDIFF_LIBRARIES": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    cpu, cuda = (_C.library_path(device).name for device in ("cpu", "cuda"))
+    assert done.stdout == f"{tmp_path / cuda} was built from other sources than {cpu}\n"
+
+
 def test_an_operator_with_other_arguments_is_of_another_version(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

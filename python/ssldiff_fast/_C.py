@@ -51,12 +51,21 @@ def _load(device: str) -> str | None:
     path = library_path(device)
     if not path.exists():
         return f"{path.name} is not in {path.parent}"
+    if device == "cuda" and not _goes_with_cpu(path):
+        return f"{path} was built from other sources than {library_path('cpu').name}"
     try:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path} does not load with torch {torch.__version__} ({error})"
     difference = _difference()
     return None if difference is None else f"{path} {difference}"
+
+
+def _goes_with_cpu(path: Path) -> bool:
+    """Whether a library of CUDA operators says that it is of the sources of the CPU's. Asked before
+    it is loaded, since its operators could not be taken back."""
+    said = f"ssldiff_fast built from {build_info().get('sources')}\0".encode()
+    return said in path.read_bytes()
 
 
 def _difference() -> str | None:
@@ -70,13 +79,6 @@ def _difference() -> str | None:
             what = f"its {name} takes another number of arguments ({given}, not {expected})"
             return f"is of another version than the Python code: {what}"
     return None
-
-
-# Known once the module is imported: torch.compile meets plain constants, no file system.
-CPU_PROBLEM = _load("cpu")
-CUDA_PROBLEM: str | None = "this torch is built without CUDA"
-if torch.version.cuda is not None:
-    CUDA_PROBLEM = CPU_PROBLEM or _load("cuda")
 
 
 def require(call: str) -> None:
@@ -123,3 +125,10 @@ def set_cpu_path(name: str) -> None:
     if not library.ssldiff_set_cpu_path(name.encode()):
         raise ValueError(f"set_cpu_path: {name!r} is unknown or cannot run on this processor.")
     cpu_path.cache_clear()
+
+
+# Known once the module is imported: torch.compile meets plain constants, no file system.
+CPU_PROBLEM = _load("cpu")
+CUDA_PROBLEM: str | None = "this torch is built without CUDA"
+if torch.version.cuda is not None:
+    CUDA_PROBLEM = CPU_PROBLEM or _load("cuda")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from slide_files import blank_image, tissue_image, write_slide
 from ssldiff_fast import demo
+from ssldiff_fast.canvas.glass import LEVEL
 from ssldiff_fast.cli import main
 from ssldiff_fast.slides.grid import Grid
 from ssldiff_fast.slides.reader import open_slide
@@ -53,13 +54,30 @@ def test_a_region_may_be_chosen(model_folder: Path, tmp_path: Path) -> None:
     made = demo.run_demo(
         tmp_path / "out",
         slide=slide,
-        region=(32, 64, 96, 64),
+        region=(256, 224, 96, 64),
         model=str(model_folder),
         progress=False,
     )
     assert made.size_px == (96, 64)
-    assert Grid.open(made.grid).region_px == (32, 64, 96, 64)
+    assert Grid.open(made.grid).region_px == (256, 224, 96, 64)
     assert -1 <= made.floor.mean <= 1
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_glass_is_plain_unless_the_mask_is_declined(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mask: bool
+) -> None:
+    image = blank_image(960, 384)
+    image[:, :384] = tissue_image(384, 384)
+    slide = write_slide(tmp_path / "mine.tif", image)
+    words = ["demo", "--slide", str(slide), "--region", "160,160,512,64", "-o", str(tmp_path)]
+    words += ["--model", str(model_folder)]
+    assert main(words if mask else [*words, "--no-mask"]) == 0
+    assert ("--seed 1 --mask -o" in capsys.readouterr().out) == mask
+    assert bool(Grid.open(tmp_path / "grid.h5").valid.all()) != mask
+    with openslide.OpenSlide(tmp_path / "synthetic.tif") as made:
+        glass = np.asarray(made.read_region((320, 0), 0, (192, 64)))[..., :3]
+    assert bool(np.abs(glass.astype(int) - LEVEL).max() <= 1) == mask
 
 
 def test_the_region_with_the_most_tissue_is_found(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def run_demo(
     model: str = "he-demo",
     preset: str = "fast",
     seed: int = 0,
+    mask: bool = True,
     device: str = "cpu",
     codec: str = "jpeg",
     overwrite: bool = False,
@@ -161,6 +162,8 @@ def run_demo(
             square of 8 x 8 cells with the most tissue of another slide.
         mpp: of a slide that does not say it.
         model, preset, seed, device, codec: as for `sf.load` and `sf.synthesize`.
+        mask: find tissue, and leave glass plain. Without it the model paints glass as well, in
+            boxes of slightly different whites.
         overwrite: replace earlier outputs.
         progress: show progress.
 
@@ -189,7 +192,7 @@ def run_demo(
             source,
             encoder,
             region=region,
-            mask=False,  # glass is encoded as well: the model knows what it looks like
+            mask=mask,
             out=paths[0],
             overwrite=overwrite,
             progress=progress,
@@ -200,6 +203,7 @@ def run_demo(
         paths[1],
         seed=seed,
         preset=preset,
+        mask=mask,
         codec=codec,
         overwrite=overwrite,
         progress=progress,

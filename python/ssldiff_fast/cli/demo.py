@@ -29,6 +29,7 @@ from .encode import Region
 @click.option("--model", default="he-demo", show_default=True, help="Bundled model, or a path.")
 @click.option("--preset", default="fast", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--mask/--no-mask", default=True, help="Leave what is no tissue plain; the default.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace the outputs of an earlier run.")
 def command(
@@ -39,6 +40,7 @@ def command(
     model: str,
     preset: str,
     seed: int,
+    mask: bool,
     device: str,
     overwrite: bool,
 ) -> None:
@@ -53,6 +55,7 @@ def command(
         model=model,
         preset=preset,
         seed=seed,
+        mask=mask,
         device=device,
         overwrite=overwrite,
     )
@@ -71,4 +74,5 @@ def command(
         f"(mean cosine over {made.similarity.count} cells; {made.floor.mean:.3f} with the cells "
         "shuffled)"
     )
-    click.echo(f"next: ssldiff synthesize {made.grid} --seed 1 -o another.tif")
+    again = f"ssldiff synthesize {made.grid} --seed 1{' --mask' if mask else ''} -o another.tif"
+    click.echo(f"next: {again}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ssldiff_fast.models.execution import Network, SplitNetwork, network_for
 from ssldiff_fast.models.fused_unet import versions_of
+from ssldiff_fast.models.heap import keep_freed_memory
 from ssldiff_fast.models.threads import timed
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class LDMDenoiser:
         self._versions: tuple[int, ...] = ()
         # In the order of their last use; gone with the state that they belong to.
         self._prepared: WeakKeyDictionary[LDMState, _Vectors] = WeakKeyDictionary()
+        keep_freed_memory()
 
     @property
     def window(self) -> tuple[int, int]:

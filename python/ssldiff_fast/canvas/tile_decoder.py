@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ssldiff_fast._checks import all_finite
+from ssldiff_fast.models.heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,6 +44,7 @@ class _Tiles(ABC):
         self._parameter = None
         if isinstance(self.vae, torch.nn.Module):
             self._parameter = next(self.vae.parameters(), None)
+            keep_freed_memory()
         self._wider: Any = None
 
     def unscaled(self, canvas: Tensor) -> Tensor:

@@ -93,3 +93,35 @@ def test_closing_gives_up_what_nobody_has_begun_and_ends_the_threads() -> None:
     timer.join()
     assert done == ["first"]
     assert threading.active_count() == before
+
+
+def test_what_follows_a_task_waits_behind_those_begun_before() -> None:
+    crew, event, done = Crew(1), threading.Event(), list[str]()
+
+    def first(number: int) -> int:
+        done.append(f"first {number}")
+        if number == 2:
+            event.set()
+        return number
+
+    def then(number: int) -> int:
+        done.append(f"then {number}")
+        return 10 * number
+
+    futures = [crew.submit(lambda number=number: first(number), then) for number in range(3)]
+    crew.wait(event)
+    assert done == ["first 0", "first 1", "first 2"]
+    assert [crew.result(future) for future in futures] == [0, 10, 20]
+    assert done[3:] == ["then 0", "then 1", "then 2"]
+    crew.close()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_of_either_part_of_a_task_is_raised(threads: int) -> None:
+    crew = Crew(threads)
+    of_first = crew.submit(lambda: 1 // 0, lambda made: made)
+    of_second = crew.submit(lambda: 1, lambda made: made // 0)
+    for future in (of_first, of_second):
+        with pytest.raises(ZeroDivisionError):
+            crew.result(future)
+    crew.close()

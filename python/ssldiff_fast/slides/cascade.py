@@ -113,7 +113,11 @@ class Cascade:
             while len(self._queue) >= self._threads * _TASKS_PER_THREAD:
                 self._write_oldest()
             tiles = range(left, min(left + share, columns))
-            future = self._crew.submit(partial(self._work, row, tiles))
+            # All tiles are taken before the first is encoded: so whoever gives the rows goes on
+            # while there is work for every thread.
+            future = self._crew.submit(
+                partial(self._taken, row, tiles), partial(self._encoded, row, tiles)
+            )
             self._queue.append((index, level.done // self._tile, tiles, future))
         self._crew.wait(row.read)
         level.slot, level.done, level.filled = level.next_slot, end, 0
@@ -135,16 +139,17 @@ class Cascade:
         if self._sink.ordered:
             self._sink.put(level, row, columns.start, data)
 
-    def _work(self, row: TileRow, columns: range) -> list[bytes]:
-        """Encodes neighbouring tiles, once they have reached the next level. In any thread."""
-        data = [self._sink.encode(row.level, tile) for tile in self._taken(row, columns)]
+    def _encoded(self, row: TileRow, columns: range, tiles: list[Rows]) -> list[bytes]:
+        """Encodes neighbouring tiles. In any thread."""
+        data = [self._sink.encode(row.level, tile) for tile in tiles]
         if self._sink.ordered:
             return data
         self._sink.put(row.level, row.begin // self._tile, columns.start, data)
         return []
 
     def _taken(self, row: TileRow, columns: range) -> list[Rows]:
-        """Neighbouring tiles; the caller's array may then be used again."""
+        """Neighbouring tiles, once they have reached the next level, in any thread; the caller's
+        array may then be used again."""
         try:
             pixels = self._pixels(row, columns)
             if row.level + 1 < len(self.levels):

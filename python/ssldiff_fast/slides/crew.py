@@ -6,11 +6,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_Tasks = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+_Then = Callable[[Any], Any]
+_Tasks = SimpleQueue[tuple[Future[Any], Callable[[], Any], _Then | None] | None]
 
 
 class Crew:
@@ -33,10 +35,11 @@ class Crew:
         for thread in self._others:
             thread.start()
 
-    def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Begins a task, in any thread."""
-        future: Future[T] = Future()
-        self._tasks.put((future, work))
+    def submit(self, work: Callable[[], Any], then: _Then | None = None) -> Future[Any]:
+        """Begins a task, in any thread; what follows it is given what it returned, and waits behind
+        the tasks that were begun before."""
+        future: Future[Any] = Future()
+        self._tasks.put((future, work, then))
         return future
 
     def result(self, future: Future[T]) -> T:
@@ -58,7 +61,7 @@ class Crew:
         except Empty:
             return False
         if task is not None:
-            _work(*task)
+            _work(self._tasks, *task)
         return True
 
     def close(self) -> None:
@@ -77,13 +80,17 @@ class Crew:
 
 def _serve(tasks: _Tasks) -> None:
     while (task := tasks.get()) is not None:
-        _work(*task)
+        _work(tasks, *task)
         del task  # its pixels, while the thread waits for the next
 
 
-def _work(future: Future[T], work: Callable[[], T]) -> None:
+def _work(tasks: _Tasks, future: Future[Any], work: Callable[[], Any], then: _Then | None) -> None:
     try:
-        future.set_result(work())
+        made = work()
+        if then is None:
+            future.set_result(made)
+        else:
+            tasks.put((future, partial(then, made), None))
     except BaseException as error:
         future.set_exception(error)
         if not isinstance(error, Exception):  # Ctrl-C reaches the caller's thread

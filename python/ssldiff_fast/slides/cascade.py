@@ -26,7 +26,7 @@ from .tile_sink import TileSink
 # threads take once.
 _TASK_TILES = 4
 # Tasks begun and not yet written, for each thread: enough that none waits for its turn.
-_TASKS_PER_THREAD = 4
+_TASKS_PER_THREAD = 2
 
 
 class Cascade:

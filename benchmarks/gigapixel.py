@@ -5,10 +5,10 @@
 
 The wavefront sampler (a stub network, so that the rest is what is measured), a decoder and the TIFF
 writer run as `ssldiff synthesize` runs them, with their states; each square in a process of its
-own, whose peak resident memory is read at its end: the median of three for all but the largest,
-since the allocator's share of a run varies by some megabytes. The stub decoder repeats latents; the
-real one is the bundled model's (`local`), which takes about a minute for 16 megapixels on two
-cores.
+own, whose peak resident memory is read at its end. With the stub decoder, which repeats latents,
+squares up to 16,384 are run three times and the median counts, since the allocator's share of a run
+varies by some megabytes. The real one is the bundled model's (`local`), which takes about a minute
+for 16 megapixels on two cores.
 `--add` keeps the squares of the last result that are not run again.
 """
 

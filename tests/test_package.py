@@ -74,16 +74,22 @@ def test_the_table_of_operators_is_that_of_the_library() -> None:
     assert {name: text.count(",") + 1 for name, text in schemas} == _C.OPERATORS
 
 
+def _with_libraries(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """A program that finds the compiled operators in a folder."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "SSLDIFF_LIBRARIES": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_operators_older_than_the_python_code_are_one_sentence(tmp_path: Path) -> None:
     path = _C.library_path("cpu")
     older = path.read_bytes().replace(b"winograd(Tensor maps", b"winogra_(Tensor maps")
     (tmp_path / path.name).write_bytes(older)
-    done = subprocess.run(
-        [sys.executable, "-c", "import ssldiff_fast as sf; sf.ops.philox_normal(0, 1, (0, 1), 1)"],
-        env={**os.environ, "SSLDIFF_LIBRARIES": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    code = "import ssldiff_fast as sf; sf.ops.philox_normal(0, 1, (0, 1), 1)"
+    done = _with_libraries(tmp_path, code)
     said = done.stderr.splitlines()[-1]
     assert "philox_normal: the compiled operators cannot be used" in said
     assert f"{path.name} is older than the Python code: it has no operator winograd" in said
@@ -104,13 +110,8 @@ def test_cuda_operators_of_other_sources_are_not_loaded(tmp_path: Path) -> None:
         "from ssldiff_fast import _C, ops; print(_C.CUDA_PROBLEM);"
         "ops.philox_normal(0, 1, (0, 1), 1)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "SSLDIFF_LIBRARIES": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = _with_libraries(tmp_path, code)
+    assert done.returncode == 0
     cpu, cuda = (_C.library_path(device).name for device in ("cpu", "cuda"))
     assert done.stdout == f"{tmp_path / cuda} was built from other sources than {cpu}\n"
 
@@ -141,12 +142,6 @@ def test_the_cache_follows_its_variable_at_call_time(
 
 
 def test_another_build_of_the_operators_is_named_by_a_variable(tmp_path: Path) -> None:
-    code = "from ssldiff_fast import _C; print(_C.CPU_PROBLEM)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "SSLDIFF_LIBRARIES": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = _with_libraries(tmp_path, "from ssldiff_fast import _C; print(_C.CPU_PROBLEM)")
+    assert done.returncode == 0
     assert done.stdout.strip() == f"libssldiff_cpu.so is not in {tmp_path}"
